@@ -1,0 +1,451 @@
+"""The command line: words -> RunConfig -> one function.
+
+Values come, in this order of precedence, from the command line, from ``--config`` files (a later
+file wins), and from the preset (or, with ``--resume``, from the run itself). Bad input ends with
+one message per problem on stderr and exit code 2; training that became non-finite with exit code 1.
+Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import Parameter
+from cyclopts.config import Dict
+
+import crnet
+from crnet import linears, optimizers, presets
+from crnet.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    read_json,
+    to_dict,
+)
+
+RUNS = Path("crnet-runs")
+"""Where runs go that were given no ``--out``."""
+
+app = cyclopts.App(
+    name="crnet",
+    help="Pre-train language models with cross-layer low-rank structure (CR-Net).",
+    version=crnet.__version__,
+)
+
+ConfigFiles = Annotated[tuple[Path, ...], Parameter(name="--config", negative=())]
+"""YAML, TOML or JSON files with the sections model, data, optimizer, train; a later file wins."""
+Json = Annotated[bool, Parameter(name="--json", negative=())]
+Switch = Annotated[bool, Parameter(negative=())]
+
+
+@app.command
+def train(
+    preset: str = "tiny",
+    /,
+    *,
+    out: Path | None = None,
+    resume: Switch = False,
+    config: ConfigFiles = (),
+    as_json: Json = False,
+    model: ModelConfig = ModelConfig(),
+    data: DataConfig = DataConfig(),
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    train: TrainConfig = TrainConfig(),
+) -> None:
+    """Train a model.
+
+    Parameters
+    ----------
+    preset
+        A recipe; crnet list names them.
+    out
+        Run folder; none: a new one under crnet-runs.
+    resume
+        Go on from the newest whole checkpoint of --out (none: of the newest run).
+    config
+        YAML, TOML or JSON file with sections model, data, optimizer, train; several: the last wins.
+    as_json
+        Print the result as JSON.
+    """
+    from crnet import train as training
+
+    run_config = RunConfig(preset=preset, model=model, data=data, optimizer=optimizer, train=train)
+    run_dir = out or (_newest_run() if resume else _new_run(f"{preset}-{model.linear}"))
+    result = training.run(run_config, run_dir, resume=resume)
+    figures: dict[str, Any] = {
+        "run": str(result.run_dir),
+        "finished": result.finished,
+        "step": result.step,
+        "tokens": result.tokens,
+        "parameters": result.num_parameters,
+        "tokens_per_s": result.tokens_per_s,
+        "checkpoint": str(result.checkpoint),
+        "val_loss": result.after.loss if result.after else None,
+        "val_perplexity": result.after.perplexity if result.after else None,
+    }
+    if as_json:
+        print(json.dumps(figures, indent=1))
+        return
+    if not result.finished:
+        print(f"stopped at step {result.step}; go on with: crnet train --resume --out {run_dir}")
+    else:
+        perplexity = f", validation perplexity {figures['val_perplexity']:.2f}"
+        print(f"step {result.step}, {result.tokens:,} tokens{perplexity}")
+    print(f"run folder {run_dir} (metrics.jsonl, loss.png), checkpoint {result.checkpoint}")
+
+
+@app.command
+def prepare(
+    *, config: ConfigFiles = (), as_json: Json = False, data: DataConfig = DataConfig()
+) -> None:
+    """Turn a corpus into token shards; train does it by itself and finds them again.
+
+    Parameters
+    ----------
+    config
+        YAML, TOML or JSON file with a section data.
+    as_json
+        Print the description as JSON.
+    """
+    from crnet.config import check
+    from crnet.data import prepare as prepare_data
+
+    check(RunConfig(data=data))
+    prepared = prepare_data(data)
+    meta = read_json(prepared.folder / "meta.json")
+    if as_json:
+        print(json.dumps({"folder": str(prepared.folder), **meta}, indent=1))
+        return
+    print(f"{prepared.folder}: vocabulary {prepared.vocab_size:,}, {prepared.dtype}")
+    for split, part in prepared.parts.items():
+        print(f"{split:12}{part.documents:>12,} documents{part.tokens:>16,} tokens")
+
+
+@app.command
+def evaluate(
+    checkpoint: Path,
+    /,
+    *,
+    config: ConfigFiles = (),
+    as_json: Json = False,
+    device: str = "auto",
+    data: DataConfig = DataConfig(),
+) -> None:
+    """Evaluate a checkpoint: token-weighted fp32 loss on its own validation set, or another corpus.
+
+    Parameters
+    ----------
+    checkpoint
+        A checkpoint, or a run folder (its newest whole checkpoint).
+    config
+        YAML, TOML or JSON file with a section data.
+    as_json
+        Print the figures as JSON.
+    device
+        cpu, cuda, ...; auto: the GPU where there is one.
+    """
+    from crnet import checkpoint as checkpoints
+    from crnet import evaluate as evaluation
+    from crnet.config import check
+    from crnet.data import Rows
+    from crnet.data import prepare as prepare_data
+    from crnet.train import pick_device
+
+    check(RunConfig(data=data))
+    saved = checkpoints.resolve(checkpoint)
+    prepared = prepare_data(data)
+    if prepared.tokenizer_hash != saved.extra["tokenizer"]:
+        raise ConfigError(
+            f"{saved.folder}: was trained with another tokenizer than this corpus is prepared "
+            f"with; give --data.tokenizer {saved.folder}"
+        )
+    rows = Rows(prepared, "validation", data.sequence_length, data.rows)
+    model = saved.model(pick_device(device))
+    found = evaluation.evaluate(model, rows, data.validation_tokens)
+    figures = {
+        "checkpoint": str(saved.folder),
+        "step": saved.progress.step,
+        "val_loss": found.loss,
+        "val_perplexity": found.perplexity,
+        "val_tokens": found.tokens,
+        "validation_hash": evaluation.validation_hash(rows, data.validation_tokens),
+    }
+    if as_json:
+        print(json.dumps(figures, indent=1))
+        return
+    print(
+        f"{saved.folder}: loss {found.loss:.6f}, perplexity {found.perplexity:.4f} over "
+        f"{found.tokens:,} tokens of set {figures['validation_hash'][:12]}"
+    )
+
+
+@app.command
+def generate(
+    checkpoint: Path,
+    /,
+    *,
+    prompt: str = "",
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.95,
+    greedy: Switch = False,
+    seed: int = 0,
+    stop_at_end: bool = True,
+    cache: bool = True,
+    device: str = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a text.
+
+    Parameters
+    ----------
+    checkpoint
+        A checkpoint, or a run folder (its newest whole checkpoint).
+    prompt
+        The text to continue.
+    max_tokens
+        Most tokens to add.
+    temperature
+        Logits are divided by it.
+    top_k
+        Sample among so many likeliest tokens.
+    top_p
+        Sample among the likeliest tokens that together have this probability.
+    greedy
+        Always take the likeliest token.
+    seed
+        Seed of the sampling.
+    stop_at_end
+        Stop at the end-of-text token.
+    cache
+        Keep keys and values of earlier tokens (the text is the same without, slower).
+    device
+        cpu, cuda, ...; auto: the GPU where there is one.
+    as_json
+        Print prompt, text and speed as JSON.
+    """
+    from crnet import checkpoint as checkpoints
+    from crnet import generate as generation
+    from crnet.train import pick_device
+
+    sampling = generation.Sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        seed=seed,
+        stop_at_end=stop_at_end,
+        use_cache=cache,
+    )
+    generation.check(sampling)
+    saved = checkpoints.resolve(checkpoint)
+    model = saved.model(pick_device(device))
+    if not as_json:
+        print(prompt, end="", flush=True)
+    start_s = time.perf_counter()
+    text = ""
+    for piece in generation.complete(model, saved.tokenizer(), prompt, sampling):
+        text += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    if not as_json:
+        print()
+        return
+    elapsed_s = time.perf_counter() - start_s
+    print(json.dumps({"prompt": prompt, "text": text, "elapsed_s": elapsed_s}, indent=1))
+
+
+@app.command(name="list")
+def list_known(*, as_json: Json = False) -> None:
+    """Name the presets, the parameterizations and the optimizers.
+
+    Parameters
+    ----------
+    as_json
+        Print the lists as JSON.
+    """
+    import dataclasses
+
+    def millions(recipe: RunConfig, linear: str) -> float:
+        vocab_size = recipe.model.vocab_size or recipe.data.vocab_size
+        shape = dataclasses.replace(recipe.model, vocab_size=vocab_size, linear=linear)
+        return sum(linears.num_parameters(shape).values()) / 1e6
+
+    known: dict[str, Any] = {
+        "presets": {
+            name: {
+                "summary": summary,
+                "parameters_m": {each: round(millions(recipe, each), 2) for each in ("crnet", "full")},
+            }
+            for name, (summary, recipe) in presets.PRESETS.items()
+        },
+        "parameterizations": {name: linears.get(name).summary for name in linears.names()},
+        "optimizers": {name: optimizers.get(name).summary for name in optimizers.names()},
+    }
+    if as_json:
+        print(json.dumps(known, indent=1))
+        return
+    print("presets (parameters in millions as CR-Net and full rank)")
+    for name, row in known["presets"].items():
+        sizes = row["parameters_m"]
+        print(f"  {name:12}{sizes['crnet']:>10,.2f}{sizes['full']:>11,.2f}  {row['summary']}")
+    for title in ("parameterizations", "optimizers"):
+        print(title)
+        for name, summary in known[title].items():
+            print(f"  {name:12}{summary}")
+
+
+@app.command
+def demo(
+    *,
+    out: Path | None = None,
+    steps: int | None = None,
+    quick: Switch = False,
+    as_json: Json = False,
+) -> None:
+    """Train CR-Net and full rank side by side on this machine's own text; a few minutes.
+
+    Parameters
+    ----------
+    out
+        Folder of the two runs; none: a new one under crnet-runs.
+    steps
+        Steps of each run.
+    quick
+        A smaller model for some seconds: does everything work?
+    as_json
+        Print the figures as JSON.
+    """
+    from crnet import demo as demonstration
+    from crnet.config import override
+
+    config = presets.get("tiny")
+    config = demonstration.quick(config) if quick else config
+    config = override(config, train={"steps": steps}) if steps is not None else config
+    folder = out or _new_run("demo")
+    figures = demonstration.run(config, folder)
+    if as_json:
+        print(json.dumps(figures, indent=1))
+        return
+    print(demonstration.table(figures))
+    print(f"\nloss curves  {figures['picture']}")
+    for linear, row in figures["rows"].items():
+        print(f"{linear:12} run {row['run']}, checkpoint {row['checkpoint']}")
+    print(f"\nCR-Net continues {figures['prompt']!r}:\n{figures['prompt']}{figures['sample']}")
+
+
+def _new_run(name: str) -> Path:
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1000):
+        folder = RUNS / (f"{stem}-{number}" if number else stem)
+        if not folder.exists():
+            return folder
+    raise ConfigError(f"{RUNS}: no free name for a new run; give --out")
+
+
+def _newest_run() -> Path:
+    begun = sorted(RUNS.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    if not begun:
+        raise ConfigError(f"--resume: there is no run under {RUNS}; name one with --out")
+    return begun[-1].parent
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a YAML, TOML or JSON file of settings, by its ending.
+
+    Raises:
+        ConfigError: missing, of another kind, or not well-formed (with the place, where known).
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            values = yaml.safe_load(text)
+        elif path.suffix == ".toml":
+            values = tomllib.loads(text)
+        elif path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            raise ConfigError(f"--config {path}: end its name in .yaml, .toml or .json")
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: is not UTF-8 text ({error})") from error
+    except (ValueError, yaml.YAMLError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {path}: is not well-formed ({reason})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: holds no sections; wanted model, data, ... with keys")
+    return values
+
+
+def _layers(command: str, arguments: dict[str, Any]) -> list[Dict]:
+    """What stands behind the command line, the strongest first."""
+    files = [
+        Dict(read_config_file(path), source=str(path), use_commands_as_keys=False)
+        for path in reversed(arguments.get("config", ()))
+    ]
+    base: dict[str, Any] = {}
+    if command == "train":
+        if arguments.get("resume"):
+            run_dir = arguments.get("out") or _newest_run()
+            if (run_dir / "run.json").exists():
+                base = read_json(run_dir / "run.json")["config"]
+                base = to_dict(from_dict(base))
+                base["model"].pop("vocab_size")  # resolved again, from the same tokenizer
+        else:
+            base = to_dict(presets.get(arguments.get("preset", "tiny")))
+        base.pop("preset", None)
+    elif command == "evaluate" and "checkpoint" in arguments:
+        from crnet.checkpoint import resolve
+
+        base = {"data": to_dict(resolve(arguments["checkpoint"]).config.data)}
+    return [*files, Dict(base, source="preset", use_commands_as_keys=False)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; ends with exit code 0, 1 (training failed), 2 (bad input) or 130."""
+    words = sys.argv[1:] if argv is None else argv
+    warnings.showwarning = _show_warning
+    try:
+        command = words[0] if words else ""
+        if command in ("train", "prepare", "evaluate") and "--help" not in words:
+            _, bound, _ = app.parse_args(words)
+            app.config = tuple(_layers(command, bound.arguments))
+        app(words)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"crnet: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("crnet: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingError":
+            raise
+        print(f"crnet: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"crnet: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""What a run is: frozen dataclasses, their validation, and their way to and from plain dicts.
+
+A field's docstring is its ``--help`` line; a field's default is what a user gets who says nothing.
+Nothing here imports torch, so that ``crnet --help`` and ``crnet list`` answer at once.
+
+``ConfigError`` carries every problem found, not the first: each says what came, what was wanted
+and how to mend it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from crnet import linears, optimizers
+from crnet.linears.crnet import CRNetOptions
+from crnet.linears.lowrank import LowRankOptions
+
+
+class ConfigError(ValueError):
+    """The configuration, or an input it names, cannot be used. ``problems`` lists every reason."""
+
+    def __init__(self, problems: Iterable[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of the model and the parameterization of its linear maps."""
+
+    linear: str = "crnet"
+    """Parameterization of the seven linear maps of every block: crnet, full or lowrank."""
+    rank: str = "0.25h"
+    """Ranks, bottom block first: 96 | 96x3,112x4 | 0.25h | aligned-parameters | aligned-memory.
+    One position apart from the rest: 96x7/v=128x7/down=128x7. For crnet they are those of blocks
+    2..L, for lowrank of blocks 1..L."""
+    hidden_size: int = 192
+    """Model width h."""
+    intermediate_size: int = 512
+    """Feed-forward width f."""
+    num_layers: int = 8
+    """Blocks L."""
+    num_heads: int = 6
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads (grouped-query attention); none: as many as query heads."""
+    vocab_size: int | None = None
+    """Rows of the embedding; none: the tokenizer's."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary embedding."""
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding as the head."""
+    init_std: float = 0.02
+    """Standard deviation of every dense weight, and of the product of every pair of factors."""
+    crnet: CRNetOptions = CRNetOptions()
+    lowrank: LowRankOptions = LowRankOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The corpus, the tokenizer, and how tokens become rows."""
+
+    source: tuple[str, ...] = ("python",)
+    """Corpus: files, folders or globs (text, .jsonl, .parquet, also .gz .xz .zst), a Hugging Face
+    data set (allenai/c4, or a folder in its layout), or python: the standard library's own text."""
+    validation_source: tuple[str, ...] = ()
+    """Validation corpus, as source; none: the source's own validation split, else a share of it."""
+    validation_frac: float = 0.05
+    """Share of the documents, chosen by their hash, that is held out where no split exists."""
+    validation_tokens: int = 10_000_000
+    """Most tokens an evaluation reads."""
+    subset: str | None = None
+    """Configuration of a Hugging Face data set (for example en)."""
+    text_key: str | None = None
+    """Field of a JSON or parquet record that holds the text; several as title,abstract.
+    None: text, content, ... whichever is there."""
+    documents: Literal["auto", "file", "paragraph", "line"] = "auto"
+    """What one document of a text file is; auto: the file, long files cut at blank lines."""
+    max_documents: int | None = None
+    """Read at most so many documents of the source (none: all; sources without an end need one)."""
+    tokenizer: str = "train"
+    """A tokenizer.json, a SentencePiece .model, a Hugging Face name or folder, or train: byte-level
+    BPE trained on the corpus."""
+    vocab_size: int = 4096
+    """Entries of a trained tokenizer."""
+    sequence_length: int = 256
+    """Tokens in a row."""
+    rows: Literal["packed", "document"] = "packed"
+    """packed: rows cut from the stream of documents; document: one document a row, cut or padded."""
+    cache_dir: Path | None = None
+    """Where prepared tokens are kept; none: $XDG_CACHE_HOME/crnet, else ~/.cache/crnet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its schedule."""
+
+    name: str = "adamw"
+    """Optimizer."""
+    lr: float = 5e-3
+    """Peak learning rate; low-rank factors take a share of it (model.LINEAR.lr-factor)."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices."""
+    warmup_frac: float = 0.1
+    """Share of the steps over which the rate rises linearly."""
+    min_lr_frac: float = 0.1
+    """Share of the peak rate at which the cosine ends."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Sequences per step."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; none: the whole batch at once."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
+    """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: everything bf16."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU where there is one."""
+    threads: int | None = None
+    """CPU threads of torch; none: torch's choice."""
+    log_every_steps: int = 10
+    """Steps between two training rows of metrics.jsonl."""
+    eval_every_steps: int = 100
+    """Steps between two evaluations; 0: only before the first and after the last step."""
+    save_every_steps: int = 200
+    """Steps between two checkpoints; 0: only after the last step."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; 0: all."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's numbers."""
+
+    preset: str = "tiny"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+
+SECTIONS = ("model", "data", "optimizer", "train")
+
+
+def override(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
+    """Return ``config`` with some keys of its sections replaced.
+
+    >>> override(RunConfig(), model={"linear": "full"}, train={"steps": 3}).train.steps
+    3
+    """
+    return dataclasses.replace(
+        config, **{name: _replace(getattr(config, name), keys) for name, keys in sections.items()}
+    )
+
+
+def _replace(section: Any, keys: Mapping[str, Any]) -> Any:
+    known = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    changed: dict[str, Any] = {}
+    for key, value in keys.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"unknown key {key!r} of {type(section).__name__}{hint}")
+        nested = dataclasses.is_dataclass(known[key]) and isinstance(value, Mapping)
+        changed[key] = _replace(known[key], value) if nested else value
+    return dataclasses.replace(section, **changed)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists, strings and numbers: what JSON and YAML can hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Inverse of ``to_dict``. Raises ``ConfigError`` on an unknown key or a value of a wrong type."""
+    return _build(RunConfig, values, "")
+
+
+def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError([f"unknown key {where}{key}" for key in unknown])
+    return cls(**{key: _coerce(hints[key], value, where + key) for key, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return _build(hint, value, where + ".")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(args[0], item, where) for item in value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ConfigError(f"{where} is {value!r}, which is not a {getattr(hint, '__name__', hint)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or broken file is a ``ConfigError`` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not valid JSON ({error})") from error
+
+
+def check(config: RunConfig) -> None:
+    """Raise one ``ConfigError`` with every problem that the words of the configuration show.
+
+    Whether files exist and hold text is seen when they are opened (``data.prepare``).
+    """
+    model, data, optimizer, train = (getattr(config, name) for name in SECTIONS)
+    problems: list[str] = []
+
+    def want(ok: bool, message: str) -> None:
+        if not ok:
+            problems.append(message)
+
+    def positive(section: Any, name: str, *keys: str) -> None:
+        for key in keys:
+            value = getattr(section, key)
+            flag = f"--{name}.{key.replace('_', '-')}"
+            want(value is None or value > 0, f"{flag} is {value}; it must be above zero")
+
+    positive(model, "model", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+    positive(model, "model", "num_kv_heads", "vocab_size", "rope_theta", "norm_eps", "init_std")
+    positive(data, "data", "validation_tokens", "vocab_size", "sequence_length", "max_documents")
+    positive(optimizer, "optimizer", "lr", "eps")
+    positive(train, "train", "steps", "batch_size", "micro_batch_size", "threads")
+    positive(train, "train", "log_every_steps")
+    for key in ("eval_every_steps", "save_every_steps", "keep_checkpoints", "seed"):
+        flag, value = f"--train.{key.replace('_', '-')}", getattr(train, key)
+        want(value >= 0, f"{flag} is {value}; it must be zero or more")
+    for key in ("beta1", "beta2"):
+        value = getattr(optimizer, key)
+        want(0 <= value < 1, f"--optimizer.{key} is {value}; it must lie in [0, 1)")
+    for key in ("warmup_frac", "min_lr_frac"):
+        flag, value = f"--optimizer.{key.replace('_', '-')}", getattr(optimizer, key)
+        want(0 <= value <= 1, f"{flag} is {value}; it is a share and must lie in [0, 1]")
+    for key in ("weight_decay", "clip_norm"):
+        flag, value = f"--optimizer.{key.replace('_', '-')}", getattr(optimizer, key)
+        want(value >= 0, f"{flag} is {value}; it must be zero or more")
+    want(
+        0 < data.validation_frac < 1,
+        f"--data.validation-frac is {data.validation_frac}; it is a share and must lie in (0, 1)",
+    )
+    want(
+        data.sequence_length >= 2,
+        f"--data.sequence-length is {data.sequence_length}; a row needs at least 2 tokens "
+        "to have one to predict",
+    )
+    want(bool(data.source), "--data.source is empty; name a corpus, or python for the default one")
+    want(
+        data.tokenizer != "train" or data.vocab_size >= 257,
+        f"--data.vocab-size is {data.vocab_size}; byte-level BPE needs at least 257 "
+        "(256 bytes and end-of-text)",
+    )
+
+    heads_ok = model.num_heads > 0 and model.hidden_size > 0
+    if heads_ok and model.hidden_size % model.num_heads:
+        divisors = [n for n in range(1, model.hidden_size + 1) if model.hidden_size % n == 0]
+        near = min(divisors, key=lambda n: abs(n - model.num_heads))
+        problems.append(
+            f"--model.hidden-size {model.hidden_size} is not divided by --model.num-heads "
+            f"{model.num_heads}; the nearest number of heads that divides it is {near}"
+        )
+    elif heads_ok and (model.hidden_size // model.num_heads) % 2:
+        problems.append(
+            f"--model.hidden-size {model.hidden_size} over --model.num-heads {model.num_heads} "
+            f"gives heads of odd size {model.hidden_size // model.num_heads}; "
+            "rotary embedding needs an even one"
+        )
+    kv_heads = model.num_kv_heads
+    if heads_ok and kv_heads and kv_heads > 0 and model.num_heads % kv_heads:
+        problems.append(
+            f"--model.num-heads {model.num_heads} is not divided by --model.num-kv-heads {kv_heads}"
+        )
+    if train.batch_size > 0 and train.micro_batch_size and train.micro_batch_size > 0:
+        want(
+            train.batch_size % train.micro_batch_size == 0,
+            f"--train.batch-size {train.batch_size} is not divided by --train.micro-batch-size "
+            f"{train.micro_batch_size}",
+        )
+
+    for flag, name, known in (
+        ("--model.linear", model.linear, linears.names()),
+        ("--optimizer.name", optimizer.name, optimizers.names()),
+    ):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{flag} is {name!r}; known are {', '.join(known)}{hint}")
+    if not problems:
+        problems += _rank_problems(model)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _rank_problems(model: ModelConfig) -> list[str]:
+    try:
+        slots = linears.slots(model)
+    except ValueError as error:
+        return [str(error)]
+    problems = linears.get(model.linear).problems(getattr(model, model.linear, None))
+    by_position: dict[tuple[str, int, int], list[int]] = {}
+    for slot in slots:
+        limit = min(slot.in_size, slot.out_size)
+        if slot.rank > limit:
+            by_position.setdefault((slot.position, slot.rank, limit), []).append(slot.layer_idx + 1)
+    for (position, rank, limit), blocks in by_position.items():
+        span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}..{blocks[-1]}"
+        problems.append(
+            f"--model.rank {model.rank} gives rank {rank} to {position} in block {span}, above the "
+            f"smaller width of that map, {limit}; take {limit} or less"
+        )
+    return problems

@@ -1,0 +1,96 @@
+"""CR-Net beside full rank on the user's own machine: two short runs, a table, a picture, a sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crnet import data, generate, metrics, train
+from crnet.checkpoint import load
+from crnet.config import RunConfig, override
+from crnet.measure import saved_bytes
+from crnet.model import build
+
+LINEARS = ("crnet", "full")
+PROMPT = "def read_file(path):\n"
+
+
+def run(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any]:
+    """Train each of ``LINEARS`` with everything else equal; return the figures of the table.
+
+    Cost: two training runs. The folders ``out/crnet`` and ``out/full`` are ordinary runs.
+    """
+    figures: dict[str, Any] = {"rows": {}, "picture": str(out / "loss.png")}
+    for linear in LINEARS:
+        its = override(config, model={"linear": linear})
+        if progress:
+            print(f"training {linear} ({its.train.steps} steps)", file=sys.stderr)
+        result = train.run(its, out / linear, progress=progress)
+        assert result.before is not None
+        assert result.after is not None
+        assert result.checkpoint is not None
+        figures["rows"][linear] = {
+            "parameters": result.num_parameters,
+            "perplexity_before": result.before.perplexity,
+            "perplexity_after": result.after.perplexity,
+            "tokens": result.tokens,
+            "tokens_per_s": result.tokens_per_s,
+            "saved_activation_bytes": _saved_bytes(result.checkpoint),
+            "run": str(result.run_dir),
+            "checkpoint": str(result.checkpoint),
+        }
+        if not result.finished:
+            break
+    curves = {linear: metrics.read(out / linear / "metrics.jsonl") for linear in figures["rows"]}
+    metrics.plot_losses(curves, out / "loss.png")
+    figures["prompt"] = PROMPT
+    figures["sample"] = _sample(Path(figures["rows"]["crnet"]["checkpoint"]))
+    return figures
+
+
+def _saved_bytes(folder: Path) -> int:
+    config = load(folder).config
+    model = build(config.model, seed=0)
+    rows = config.train.micro_batch_size or config.train.batch_size
+    tokens = torch.zeros(rows, config.data.sequence_length, dtype=torch.int64)
+    return saved_bytes(model, tokens, tokens)
+
+
+def _sample(folder: Path) -> str:
+    saved = load(folder)
+    sampling = generate.Sampling(max_tokens=120, temperature=0.8, top_p=0.95, seed=1)
+    return "".join(generate.complete(saved.model(), saved.tokenizer(), PROMPT, sampling))
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = [
+        f"{'':14}{'parameters':>12}{'perplexity':>22}{'tokens/s':>10}{'saved activations':>19}",
+        f"{'':14}{'':>12}{'before':>11}{'after':>11}{'':>10}{'':>19}",
+    ]
+    for linear, row in figures["rows"].items():
+        lines.append(
+            f"{linear:14}{row['parameters']:>12,}{row['perplexity_before']:>11,.1f}"
+            f"{row['perplexity_after']:>11,.1f}{row['tokens_per_s']:>10,.0f}"
+            f"{row['saved_activation_bytes'] / 2**20:>15,.1f} MiB"
+        )
+    return "\n".join(lines)
+
+
+def quick(config: RunConfig) -> RunConfig:
+    """The same work in seconds, for a check that everything runs: fewer steps, a smaller model."""
+    return dataclasses.replace(
+        override(
+            config,
+            model={"hidden_size": 64, "intermediate_size": 176, "num_layers": 3, "num_heads": 4},
+            train={"steps": 30, "eval_every_steps": 15, "save_every_steps": 15},
+            data={"sequence_length": 64, "validation_tokens": 20_000},
+        )
+    )
+
+
+__all__ = ["LINEARS", "data", "quick", "run", "table"]

@@ -1,0 +1,65 @@
+"""Token-weighted loss over a fixed, hashed validation set, in fp32.
+
+The figure depends on the weights and the set alone: rows are read in file order, in batches whose
+size is fixed here (so the training micro-batch cannot change even the last bit), losses are summed
+in fp64 and divided by the number of target tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+
+from crnet.data import Rows, validation_batches, validation_hash
+from crnet.model import LanguageModel
+
+TOKENS_AT_ONCE = 8192
+"""Input tokens in one forward pass of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    loss: float
+    """Mean over target tokens, nats."""
+    tokens: int
+    """Target tokens."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluate(model: LanguageModel, rows: Rows, max_tokens: int) -> Evaluation:
+    """Evaluate a model.
+
+    Args:
+        model: on any device. A bf16 model is evaluated through an fp32 copy of its weights.
+        rows: rows of the validation split.
+        max_tokens: most input tokens read.
+    Raises:
+        ConfigError: the split holds no row.
+    Cost: one forward pass; memory for the logits of a chunk of rows.
+    """
+    parameter = next(model.parameters())
+    if parameter.dtype in (torch.bfloat16, torch.float16):
+        model = copy.deepcopy(model).float()
+    was_training = model.training
+    model.eval()
+    batch_size = max(1, TOKENS_AT_ONCE // rows.sequence_length)
+    loss_sum, num_tokens = 0.0, 0
+    with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+        for tokens, targets in validation_batches(rows, batch_size, max_tokens):
+            loss, count = model(tokens.to(parameter.device), targets.to(parameter.device))
+            loss_sum += loss.item()
+            num_tokens += int(count.item())
+    model.train(was_training)
+    return Evaluation(loss=loss_sum / num_tokens, tokens=num_tokens)
+
+
+__all__ = ["Evaluation", "evaluate", "validation_hash"]

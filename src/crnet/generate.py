@@ -1,0 +1,257 @@
+"""Text from a trained model: the next token's probabilities, a draw from them, and the loop.
+
+The draw is made on the CPU, in fp64, from a generator of its own: a seed means the same text on
+every device, with the key/value cache or without, as far as rounding leaves the logits alike.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crnet.config import ConfigError
+from crnet.model import LanguageModel
+from crnet.model.attention import LayerCache
+from crnet.tokenizer import Tokenizer
+
+_UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen, and when to stop."""
+
+    max_tokens: int = 100
+    """Most tokens written after the prompt."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 the likely tokens gain, above 1 the unlikely ones."""
+    top_k: int | None = None
+    """Choose among so many of the likeliest tokens; none: all."""
+    top_p: float | None = None
+    """Choose among the fewest likeliest tokens that hold this share of the probability (after
+    top-k); none: all."""
+    greedy: bool = False
+    """Always take the likeliest token."""
+    seed: int = 0
+    """Seed of the draws."""
+    stop_at_end: bool = True
+    """Stop where the model writes end-of-text; else that token is written like any other."""
+    use_cache: bool = True
+    """Keep the keys and values of earlier tokens; else recompute them for every token."""
+
+
+def check(sampling: Sampling) -> None:
+    """Raise one ``ConfigError`` with every problem of the options."""
+    if problems := _problems(sampling):
+        raise ConfigError(problems)
+
+
+def _problems(sampling: Sampling) -> list[str]:
+    problems = []
+    if sampling.max_tokens < 1:
+        problems.append(f"--max-tokens is {sampling.max_tokens}; it must be at least 1")
+    if sampling.temperature == 0:
+        problems.append("--temperature is 0; use --greedy to take the likeliest token always")
+    elif not (sampling.temperature > 0 and math.isfinite(sampling.temperature)):
+        problems.append(f"--temperature is {sampling.temperature}; it must be above zero, finite")
+    if sampling.top_k is not None and sampling.top_k < 1:
+        problems.append(
+            f"--top-k is {sampling.top_k}; it must be at least 1; leave it out to choose among all"
+        )
+    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+        problems.append(f"--top-p is {sampling.top_p}; it is a share and must lie in (0, 1]")
+    if not 0 <= sampling.seed < 2**64:
+        problems.append(f"--seed is {sampling.seed}; it must lie in [0, 2**64)")
+    if sampling.greedy:
+        given = {
+            "--temperature": sampling.temperature != 1,
+            "--top-k": sampling.top_k is not None,
+            "--top-p": sampling.top_p is not None,
+        }
+        if without_effect := [flag for flag, is_given in given.items() if is_given]:
+            problems.append(
+                f"--greedy takes the likeliest token, so {', '.join(without_effect)} would have no "
+                "effect; leave out one or the other"
+            )
+    return problems
+
+
+def filter_logits(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """Return the probabilities from which the next token is drawn.
+
+    Temperature first, then top-k, then top-p over what top-k left. Of equally likely tokens the
+    lower id comes first, as in ``argmax``.
+
+    Args:
+        logits_V: any floating dtype and device. Not modified.
+        sampling: its temperature, top_k and top_p; the rest does not matter here.
+    Returns:
+        (V,), fp64, on the CPU; they sum to 1, and tokens not to be chosen have exactly 0.
+    Raises:
+        RuntimeError: a logit is infinite or not a number.
+    Cost: one sort of V numbers where top-k or top-p is on.
+    Source: top-p: Holtzman et al. 2020 (arXiv:1904.09751), section 3.1.
+    """
+    logits = _on_cpu(logits_V)
+    # Shifted before it is divided: no temperature, however small, can make inf - inf of it.
+    logits = (logits - logits.max()) / sampling.temperature
+    # A top-p of 1 is everything, by definition: rounded sums must not cut the tail off.
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    if sampling.top_k is None and top_p == 1:
+        return logits.softmax(0)
+    falling, order = logits.sort(descending=True, stable=True)
+    kept = falling[: sampling.top_k].softmax(0)
+    if top_p < 1:
+        num_kept = 1 + int((kept.cumsum(0) < top_p).sum())
+        kept = kept[:num_kept] / kept[:num_kept].sum()
+    return torch.zeros_like(logits).index_copy_(0, order[: len(kept)], kept)
+
+
+def draw(probabilities_V: Tensor, generator: torch.Generator) -> int:
+    """Return an id, drawn with its probability.
+
+    Every id runs an exponential race: the first of the times -log(u) / p wins. Refused: looking u
+    up in the summed probabilities, where a rounding error in one probability moves the borders of
+    all later ids; ``torch.multinomial``, whose random numbers depend on how torch was built.
+
+    Args:
+        probabilities_V: fp64, on the CPU; need not sum to 1.
+        generator: on the CPU; V numbers are taken from it, whatever the probabilities.
+    """
+    uniform_V = torch.rand(len(probabilities_V), dtype=torch.float64, generator=generator)
+    speed_V = probabilities_V / -uniform_V.log()
+    return int(speed_V.masked_fill_(probabilities_V == 0, -1).argmax())
+
+
+def generate(
+    model: LanguageModel,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    eos_id: int,
+    num_ids: int | None = None,
+) -> Iterator[int]:
+    """Continue a prompt, one id at a time.
+
+    Args:
+        model: on any device, in any dtype. Its parts are in eval mode while it computes, and back
+            in their own mode whenever an id is handed out.
+        prompt_ids: an empty one starts a new text, after an end-of-text token.
+        sampling: how to choose, and when to stop.
+        eos_id: end-of-text. Where it stops the text it is not handed out.
+        num_ids: only ids below it are chosen (None: all): a model can have more rows in its
+            embedding than the tokenizer has entries.
+    Returns:
+        At most ``max_tokens`` ids. Nothing is computed before the first is asked for.
+    Raises:
+        ConfigError: at the call; every problem of the options and of the prompt at once.
+        RuntimeError: while running; a logit is infinite or not a number.
+    Cost: with the cache one pass over the prompt, then one token a pass, and the cache's memory
+        for the prompt and ``max_tokens``; without it a pass over everything so far for each token.
+    """
+    problems = _problems(sampling)
+    vocab_size = model.lm_head.out_features
+    limit = vocab_size if num_ids is None else min(num_ids, vocab_size)
+    if not 0 <= eos_id < limit:
+        problems.append(f"the end-of-text id is {eos_id}, but ids lie in [0, {limit})")
+    outside = [token for token in prompt_ids if not 0 <= token < limit]
+    if outside:
+        problems.append(
+            f"the prompt has id {outside[0]}, but ids lie in [0, {limit}); encode it with the "
+            "tokenizer that the model was trained with"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return _generate(model, list(prompt_ids) or [eos_id], sampling, eos_id, limit)
+
+
+def _generate(
+    model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int, limit: int
+) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(sampling.seed)
+    # The last id is never read, so it needs no room.
+    capacity = len(ids) + sampling.max_tokens - 1
+    cache = model.new_cache(capacity) if sampling.use_cache else None
+    unread = ids
+    for _ in range(sampling.max_tokens):
+        logits_V = _last_logits(model, unread, cache)[:limit]
+        if sampling.greedy:
+            token = int(_on_cpu(logits_V).argmax())
+        else:
+            token = draw(filter_logits(logits_V, sampling), generator)
+        if token == eos_id and sampling.stop_at_end:
+            return
+        yield token
+        unread = [token] if cache else [*unread, token]
+
+
+# Not inference_mode: the rotary tables are kept between calls, and a table made in inference mode
+# could not be saved for backward when training goes on. The scope is one pass, because a block
+# around a yield would also switch gradients off for whoever asked for the token.
+@torch.no_grad()
+def _last_logits(
+    model: LanguageModel, unread: Sequence[int], cache: Sequence[LayerCache] | None
+) -> Tensor:
+    device = model.lm_head.weight.device
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        return model.logits(torch.tensor([unread], device=device), cache)[0, -1]
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _on_cpu(logits_V: Tensor) -> Tensor:
+    logits = logits_V.detach().to("cpu", torch.float64)
+    if not logits.isfinite().all():
+        raise RuntimeError(
+            "the model's logits are not finite, so no next token can be chosen; its weights are "
+            "broken or overflow in their dtype: take an earlier checkpoint or a wider dtype"
+        )
+    return logits
+
+
+def complete(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+) -> Iterator[str]:
+    """Continue a prompt, a piece of text at a time.
+
+    A token may hold a part of a character; text is handed out once later tokens cannot change it.
+
+    Args:
+        model: see ``generate``.
+        tokenizer: the one that the model was trained with.
+        prompt: may be empty.
+        sampling: how to choose, and when to stop.
+    Returns:
+        Pieces, none empty; joined they are what decoding adds to the decoded prompt.
+    Raises:
+        ConfigError: at the call, as ``generate``.
+    Cost: besides ``generate``, decodes everything so far after each token, since what a token
+        spells can depend on the ones before it.
+    """
+    prompt_ids = tokenizer.encode(prompt)
+    tokens = generate(model, prompt_ids, sampling, tokenizer.eos_id, tokenizer.vocab_size)
+    return _pieces(tokenizer, prompt_ids or [tokenizer.eos_id], tokens)
+
+
+def _pieces(tokenizer: Tokenizer, ids: list[int], tokens: Iterator[int]) -> Iterator[str]:
+    ids = list(ids)
+    text = tokenizer.decode(ids)
+    num_given = len(text)
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        num_stable = len(text.rstrip(_UNDECODABLE))
+        if num_stable > num_given:
+            yield text[num_given:num_stable]
+            num_given = num_stable
+    if len(text) > num_given:
+        yield text[num_given:]

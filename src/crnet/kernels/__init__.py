@@ -1,0 +1,1 @@
+"""Fused operations. ``naive.py`` is the specification; every other file is judged against it."""

@@ -1,0 +1,119 @@
+"""RMSNorm, SwiGLU and rotary embedding with backwards written by hand.
+
+Autograd's versions keep every intermediate of the plain formulas (``naive``): for SwiGLU four
+tensors of the feed-forward width where two are enough, for the rotation two where none is needed.
+These keep the inputs alone and work in place on what they allocate themselves.
+
+Shapes: B batch, T tokens, D model width, F feed-forward width, N heads, H head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crnet.kernels.precision import compute_dtype
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BTD, weight_D, eps, dtype):
+        x = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
+        inverse_BT1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse_BT1 = inverse_BT1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_BTD, weight_D, inverse_BT1)
+        return (x * inverse_BT1).to(dtype).mul_(weight_D.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BTD):
+        x_BTD, weight_D, inverse_BT1 = ctx.saved_tensors
+        normed = x_BTD * inverse_BT1
+        dy = dy_BTD.to(normed.dtype)
+        dweight_D = None
+        if ctx.needs_input_grad[1]:
+            dweight_D = (dy * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
+        dx = dy * weight_D
+        along_BT1 = torch.linalg.vecdot(dx, normed).unsqueeze(-1).div_(normed.shape[-1])
+        dx.addcmul_(normed, along_BT1, value=-1).mul_(inverse_BT1)
+        return dx.to(x_BTD.dtype), dweight_D, None, None
+
+
+def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+
+    Args:
+        x_BTD: any floating dtype.
+        weight_D: the norm's gains.
+    Returns:
+        (B, T, D) in the dtype the next product computes in (autocast's where it is on).
+    Cost: keeps ``x_BTD`` and one number a row.
+    Numerics: statistics in fp32 (fp64 for fp64).
+    Source: Zhang and Sennrich 2019.
+    """
+    return _RMSNorm.apply(x_BTD, weight_D, eps, compute_dtype(x_BTD))
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_BTF, up_BTF):
+        ctx.save_for_backward(gate_BTF, up_BTF)
+        return torch.nn.functional.silu(gate_BTF).mul_(up_BTF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BTF):
+        gate, up = ctx.saved_tensors
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        dup = dy_BTF * silu
+        # d silu/d gate = sigmoid + silu (1 - sigmoid); one exponential instead of two.
+        slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)
+        return slope.mul_(up).mul_(dy_BTF), dup
+
+
+def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+    """Return ``silu(gate) * up``, elementwise, same shape and dtype. Keeps its two inputs.
+
+    Source: Shazeer 2020 (arXiv:2002.05202) as LLaMA uses it.
+    Deviation: the CR-Net paper's eq. 2 prints one more factor; see docs/paper_map.md.
+    """
+    return _SwiGLU.apply(gate_BTF, up_BTF)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BTNH, cos_T1H, sin_T1H):
+        ctx.save_for_backward(cos_T1H, sin_T1H)
+        return _rotate(x_BTNH, cos_T1H, sin_T1H, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BTNH):
+        cos_T1H, sin_T1H = ctx.saved_tensors
+        return _rotate(dy_BTNH, cos_T1H, sin_T1H, -1), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y[..., :half] = first
+    y[..., :half].mul_(cos).addcmul_(second, sin, value=-sign)
+    y[..., half:] = second
+    y[..., half:].mul_(cos).addcmul_(first, sin, value=sign)
+    return y
+
+
+def rotate(x_BTNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + H/2) of every head by its position's angle.
+
+    Args:
+        x_BTNH: queries or keys, any strides.
+        cos_T1H, sin_T1H: the first H/2 columns of the tables, shape (T, 1, H/2), dtype of ``x_BTNH``.
+    Returns:
+        (B, T, N, H), contiguous, dtype of ``x_BTNH``. The backward rotates back; nothing is kept.
+    Source: RoFormer (arXiv:2104.09864), LLaMA's half-split layout.
+    """
+    return _Rotate.apply(x_BTNH, cos_T1H, sin_T1H)

@@ -1,0 +1,117 @@
+"""metrics.jsonl, its optional TensorBoard copy, and the picture of the loss.
+
+A row is one JSON object: a training row has ``step``, ``tokens``, ``loss``, ``lr``, ``grad_norm``
+and ``tokens_per_s``; an evaluation row has ``step``, ``val_loss``, ``val_perplexity`` and
+``val_tokens``. The file is the only source of plots and reports; nothing is read back from a log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from crnet.config import ConfigError
+
+Row = dict[str, Any]
+
+
+class Metrics:
+    """Appends rows to ``metrics.jsonl``; ``sync`` before a checkpoint makes them as durable as it."""
+
+    def __init__(self, run_dir: Path, *, upto_step: int | None = None, tensorboard: bool = False):
+        """Open the file for appending.
+
+        Args:
+            run_dir: the run's folder.
+            upto_step: resuming: rows of later steps, and a half-written last line, are dropped.
+                None: a new file.
+            tensorboard: also write event files (needs the tensorboard package).
+        """
+        self.path = run_dir / "metrics.jsonl"
+        kept = [] if upto_step is None else [r for r in read(self.path) if r["step"] <= upto_step]
+        replacement = self.path.with_suffix(".unfinished")
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        replacement.replace(self.path)
+        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        self._board = _board(run_dir, upto_step) if tensorboard else None
+
+    def write(self, row: Row) -> None:
+        """Append one row."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, row["step"])
+
+    def sync(self) -> None:
+        """Bring every row to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _board(run_dir: Path, upto_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "--train.tensorboard needs the tensorboard package: pip install 'crnet[track]'"
+        ) from error
+    purge = None if upto_step is None else upto_step + 1
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+
+def read(path: Path) -> list[Row]:
+    """Every whole row of a metrics file; none where there is no file. A cut-off last line is left."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ConfigError(f"{path}, line {number}: is not JSON ({error})") from error
+    return rows
+
+
+def plot_losses(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw training and validation loss against tokens, one colour a run, into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for index, (label, rows) in enumerate(curves.items()):
+        color = f"C{index}"
+        train = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
+        tokens_at = {row["step"]: row["tokens"] for row in rows if "loss" in row} | {0: 0}
+        valid = [
+            (tokens_at[row["step"]], row["val_loss"])
+            for row in rows
+            if "val_loss" in row and row["step"] in tokens_at
+        ]
+        if train:
+            axes.plot(*zip(*train, strict=True), color=color, alpha=0.3, linewidth=0.8)
+        if valid:
+            axes.plot(*zip(*valid, strict=True), color=color, marker="o", markersize=3, label=label)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats a token); points: validation")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fonts of the user's machine
+        figure.savefig(path, dpi=120)
+    pyplot.close(figure)
