@@ -24,9 +24,7 @@ def run_all(specs: Mapping[str, Sequence[str]], out: Path, jobs: int) -> dict[st
         folder = out / name
         found = final_evaluation(folder)
         if found is None:
-            resume = ["--resume"] if any((folder / "checkpoints").glob("step_*")) else []
-            if (folder / "run.json").exists() and not resume:
-                (folder / "run.json").unlink()  # it never reached a checkpoint: begin again
+            resume = ["--resume"] if (folder / "run.json").exists() else []
             words = [sys.executable, "-m", "crnet", "train", "--out", str(folder)]
             done = subprocess.run(
                 [*words, *resume, *specs[name]], capture_output=True, text=True, check=False
@@ -45,7 +43,7 @@ def run_all(specs: Mapping[str, Sequence[str]], out: Path, jobs: int) -> dict[st
 
 
 def final_evaluation(folder: Path) -> dict | None:
-    """The evaluation after the last step, with where beta ended; None if the run is not finished."""
+    """The evaluation after the last step, and where beta ended; None: the run is not finished."""
     if not (folder / "run.json").exists() or not (folder / "metrics.jsonl").exists():
         return None
     steps = json.loads((folder / "run.json").read_text())["config"]["train"]["steps"]

@@ -288,7 +288,9 @@ def list_known(*, as_json: Json = False) -> None:
         "presets": {
             name: {
                 "summary": summary,
-                "parameters_m": {each: round(millions(recipe, each), 2) for each in ("crnet", "full")},
+                "parameters_m": {
+                    each: round(millions(recipe, each), 2) for each in ("crnet", "full")
+                },
             }
             for name, (summary, recipe) in presets.PRESETS.items()
         },

@@ -2,7 +2,7 @@
 
     checkpoints/step_400/
       model.safetensors     weights under Hugging Face style names
-      state.pt              optimizer and random states; tensors and numbers only (weights_only=True)
+      state.pt              optimizer and random states, loadable with weights_only=True
       checkpoint.json       step, position in the data, tokens, configuration, hashes
       tokenizer.json|.model the tokenizer itself
       checksums.json        size and sha256 of every file above; written last

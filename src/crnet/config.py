@@ -96,7 +96,7 @@ class DataConfig:
     sequence_length: int = 256
     """Tokens in a row."""
     rows: Literal["packed", "document"] = "packed"
-    """packed: rows cut from the stream of documents; document: one document a row, cut or padded."""
+    """packed: rows cut from the stream of documents; document: one a row, cut or padded."""
     cache_dir: Path | None = None
     """Where prepared tokens are kept; none: $XDG_CACHE_HOME/crnet, else ~/.cache/crnet."""
 
@@ -209,7 +209,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Inverse of ``to_dict``. Raises ``ConfigError`` on an unknown key or a value of a wrong type."""
+    """Inverse of ``to_dict``. Raises ``ConfigError`` on an unknown key or a wrong type."""
     return _build(RunConfig, values, "")
 
 

@@ -1,4 +1,4 @@
-"""CR-Net beside full rank on the user's own machine: two short runs, a table, a picture, a sample."""
+"""CR-Net beside full rank on the user's own machine: two runs, a table, a picture, a sample."""
 
 from __future__ import annotations
 

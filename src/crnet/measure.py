@@ -11,8 +11,8 @@ from crnet.model import LanguageModel
 def saved_bytes(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> int:
     """Bytes that autograd keeps between forward and backward, parameters not counted.
 
-    Each storage counts once, whole, however many tensors look at it. What an operation hides from
-    autograd's hooks (torch's own ``linear_cross_entropy`` keeps the head's gradient so) is not seen.
+    Each storage counts once, whole, however many tensors look at it. What an operation hides
+    from autograd's hooks (torch's ``linear_cross_entropy``: the head's gradient) is not seen.
 
     Args:
         tokens_BT, targets_BT: one micro-batch.

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 class Metrics:
-    """Appends rows to ``metrics.jsonl``; ``sync`` before a checkpoint makes them as durable as it."""
+    """Appends rows to ``metrics.jsonl``; ``sync`` makes them durable before a checkpoint."""
 
     def __init__(self, run_dir: Path, *, upto_step: int | None = None, tensorboard: bool = False):
         """Open the file for appending.
@@ -72,7 +72,7 @@ def _board(run_dir: Path, upto_step: int | None) -> Any:
 
 
 def read(path: Path) -> list[Row]:
-    """Every whole row of a metrics file; none where there is no file. A cut-off last line is left."""
+    """Every whole row of a metrics file, without a cut-off last line; none without a file."""
     if not path.exists():
         return []
     rows = []

@@ -57,9 +57,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     ),
     "llama3-1b": (
         "table 16: grouped-query attention, 8 key/value heads",
-        _published(
-            "llama3-1b", 2048, 7168, 32, 32, 110_000, num_kv_heads=8, rope_theta=500_000.0
-        ),
+        _published("llama3-1b", 2048, 7168, 32, 32, 110_000, num_kv_heads=8, rope_theta=500_000.0),
     ),
 }
 

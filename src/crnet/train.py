@@ -50,9 +50,7 @@ class Result:
     checkpoint: Path | None
 
 
-def run(
-    config: RunConfig, run_dir: Path, *, resume: bool = False, progress: bool = True
-) -> Result:
+def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: bool = True) -> Result:
     """Train a model as ``config`` says, into ``run_dir``.
 
     Args:
@@ -123,9 +121,7 @@ def resolve(config: RunConfig, prepared: data.Prepared) -> RunConfig:
             f"--model.vocab-size {wanted} is below the tokenizer's {prepared.vocab_size}; "
             "leave it out, or give at least that"
         )
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, vocab_size=wanted)
-    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
 
 
 def pick_device(name: str) -> torch.device:
@@ -194,7 +190,12 @@ class _Loop:
         elif at.step >= train.steps:
             after = self.evaluate(at.step, write=False)
         bar = tqdm(
-            total=train.steps, initial=at.step, unit="step", disable=not show, dynamic_ncols=True
+            total=train.steps,
+            initial=at.step,
+            unit="step",
+            disable=not show,
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file wants few lines
         )
         self.model.train()
         trained_tokens, trained_s = 0, 0.0
@@ -224,7 +225,7 @@ class _Loop:
                 self.save(at, tokenizer)
         bar.close()
         finished = at.step >= train.steps
-        if not finished:
+        if not finished and not self.saved(at.step):
             self.save(at, tokenizer)
         metrics.plot_losses(
             {self.config.model.linear: metrics.read(self.log.path)}, self.run_dir / "loss.png"
@@ -293,6 +294,9 @@ class _Loop:
             self.log.write(row | {"val_tokens": found.tokens})
         return found
 
+    def saved(self, step: int) -> bool:
+        return self.last_checkpoint is not None and self.last_checkpoint.name == f"step_{step}"
+
     def save(self, at: Progress, tokenizer: Any) -> None:
         self.log.sync()
         self.last_checkpoint = checkpoint.save(
@@ -318,9 +322,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return state
 
 
-def restore(
-    optimizer: torch.optim.Optimizer, state: dict[str, Any], device: torch.device
-) -> None:
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any], device: torch.device) -> None:
     """Inverse of ``snapshot``."""
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["torch_rng"])
@@ -381,7 +383,9 @@ def _check_folder(run_dir: Path, resume: bool) -> None:
         ) from error
 
 
-def _check_same_run(saved: checkpoint.Checkpoint, config: RunConfig, hashes: dict[str, str]) -> None:
+def _check_same_run(
+    saved: checkpoint.Checkpoint, config: RunConfig, hashes: dict[str, str]
+) -> None:
     problems = []
     old, new = to_dict(saved.config), to_dict(config)
     free = {"cache_dir", "validation_tokens"}

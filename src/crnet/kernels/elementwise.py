@@ -111,7 +111,7 @@ def rotate(x_BTNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
 
     Args:
         x_BTNH: queries or keys, any strides.
-        cos_T1H, sin_T1H: the first H/2 columns of the tables, shape (T, 1, H/2), dtype of ``x_BTNH``.
+        cos_T1H, sin_T1H: each angle once, shape (T, 1, H/2), dtype of ``x_BTNH``.
     Returns:
         (B, T, N, H), contiguous, dtype of ``x_BTNH``. The backward rotates back; nothing is kept.
     Source: RoFormer (arXiv:2104.09864), LLaMA's half-split layout.

@@ -47,7 +47,7 @@ def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> T
 
 
 def _torch_wins(x_MD: Tensor, weight_VD: Tensor) -> bool:
-    # torch's own advice (LinearCrossEntropyOptions): below this its chunks are not worth their cost.
+    # torch's advice (LinearCrossEntropyOptions): below this its chunks are not worth their cost.
     width = x_MD.shape[1]
     return x_MD.shape[0] >= width and weight_VD.shape[0] > width and torch.is_grad_enabled()
 
@@ -95,7 +95,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def chunked_linear_cross_entropy(
     x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk_rows: int | None = None
 ) -> Tensor:
-    """``linear_cross_entropy`` by chunks of rows, on any torch and dtype; same arguments and result.
+    """``linear_cross_entropy`` by chunks of rows, on any torch and dtype; the same result.
 
     ``chunk_rows``: rows whose logits exist at once; None: as many as ``CHUNK_ITEMS`` allows.
     """

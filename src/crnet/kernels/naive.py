@@ -3,7 +3,8 @@
 Slow and memory-hungry on purpose: nothing here saves, fuses or reorders anything. The tests compare
 each fast path with these, gradients included.
 
-Shapes: B batch, T tokens, D input width, F output width, R rank, N heads, H head size, V vocabulary.
+Shapes: B batch, T tokens, M rows, D input width, F output width, R rank, N heads, H head size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 def gain(beta: Tensor, eps: float = 1e-6) -> Tensor:
-    """``sign(beta) (|beta| + eps)``, shape of ``beta``: never zero unless beta is. Source: eq. 6."""
+    """``sign(beta) (|beta| + eps)``, shape of ``beta``; zero only where beta is. Source: eq. 6."""
     return torch.sign(beta) * (torch.abs(beta) + eps)
 
 
@@ -23,7 +24,7 @@ def carried_lowrank(x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, carry_BTF: Tensor
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, statistics in fp32 or better."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, statistics in fp32."""
     x = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
     normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
     return weight_D * normed.to(x_BTD.dtype)
@@ -46,7 +47,7 @@ def rotate(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
-    """Sum over rows of ``-log softmax(x W^T)[target]``, targets of -100 left out; 0-d, fp32 or better."""
+    """Sum over rows of ``-log softmax(x W^T)[target]``, without targets of -100; 0-d, fp32."""
     logits_MV = x_MD @ weight_VD.T
     logits_MV = logits_MV if logits_MV.dtype == torch.float64 else logits_MV.float()
     return torch.nn.functional.cross_entropy(logits_MV, target_M, reduction="sum")

@@ -219,5 +219,3 @@ def _parse_schedule(text: str, num_blocks: int, hidden_size: int) -> list[int]:
             f"{ranks[0]} alone would serve all of them"
         )
     return ranks
-
-

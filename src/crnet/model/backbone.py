@@ -171,7 +171,7 @@ class LanguageModel(nn.Module):
             parameter.copy_(on_cpu[name])
 
     def optimizer_groups(self) -> list[optimizers.Group]:
-        """Every trained parameter in exactly one group, by learning-rate factor and weight decay."""
+        """Every trained parameter in exactly one group, by learning-rate factor and decay."""
         method = linears.get(self.config.linear)
         options = getattr(self.config, self.config.linear, None)
         treatment: dict[str, linears.Group] = {}

@@ -9,7 +9,7 @@ from crnet.model.attention import Carry
 
 
 class FeedForward(nn.Module):
-    """LLaMA's SwiGLU feed-forward. Source: arXiv:2509.18993, section 2.2 (see docs/paper_map.md)."""
+    """LLaMA's SwiGLU feed-forward. Source: arXiv:2509.18993, section 2.2."""
 
     def __init__(self, linears: dict[str, nn.Module]):
         super().__init__()
@@ -18,7 +18,7 @@ class FeedForward(nn.Module):
         self.down_proj = linears["down"]
 
     def forward(self, x_BTD: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the outputs of the maps gate, up and down; gate and up (B, T, F), down (B, T, D)."""
+        """Return the outputs of gate (B, T, F), up (B, T, F) and down (B, T, D)."""
         gate = self.gate_proj(x_BTD, carry.get("gate"))
         up = self.up_proj(x_BTD, carry.get("up"))
         return gate, up, self.down_proj(swiglu(gate, up), carry.get("down"))

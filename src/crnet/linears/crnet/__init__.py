@@ -1,6 +1,6 @@
 """CR-Net: from the second block on, a map adds a low-rank increment to its output one block below.
 
-``Y_l = gain Y_{l-1} + (X_l A) B`` with ``gain = sign(beta) (|beta| + eps)`` (arXiv:2509.18993, eq. 6).
+``Y_l = gain Y_{l-1} + (X_l A) B``, ``gain = sign(beta) (|beta| + eps)`` (arXiv:2509.18993, eq. 6).
 The first block is full rank (table 6 measures the cost of making it low rank too).
 """
 

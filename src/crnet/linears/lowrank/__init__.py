@@ -1,4 +1,4 @@
-"""Plain low rank: every map is W = A B, in every block, without a carry. The paper's weak baseline."""
+"""Plain low rank: every map is W = A B, in every block, without a carry."""
 
 from __future__ import annotations
 
@@ -56,5 +56,3 @@ class LowRank:
 
 
 METHOD = LowRank()
-
-
