@@ -16,20 +16,18 @@ from pathlib import Path
 import sweep
 
 CANDIDATES = {
-    "balanced, beta 0.3": "--model.crnet.init balanced --model.crnet.beta-init 0.3",
     "balanced, beta 0.5": "--model.crnet.init balanced --model.crnet.beta-init 0.5",
     "balanced, beta 0.8": "--model.crnet.init balanced --model.crnet.beta-init 0.8",
     "balanced, beta 1": "--model.crnet.init balanced --model.crnet.beta-init 1.0",
     "spectral, beta 0.5": "--model.crnet.init spectral --model.crnet.beta-init 0.5",
-    "zero-b, beta 0.5": "--model.crnet.init zero-b --model.crnet.beta-init 0.5",
     "zero-b, beta 1": "--model.crnet.init zero-b --model.crnet.beta-init 1.0",
 }
 SEEDS = (0, 1)
 COMMON = (
     "--model.linear crnet --model.rank 48 --model.hidden-size 192 --model.intermediate-size 512 "
     "--model.num-layers 7 --model.num-heads 6 --data.vocab-size 8192 --data.sequence-length 256 "
-    "--data.validation-tokens 131072 --optimizer.lr 5e-3 --train.steps 160 --train.batch-size 16 "
-    "--train.threads 1 --train.eval-every-steps 0 --train.save-every-steps 80"
+    "--data.validation-tokens 131072 --optimizer.lr 5e-3 --train.steps 200 --train.batch-size 8 "
+    "--train.threads 1 --train.eval-every-steps 0 --train.save-every-steps 100"
 ).split()
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from crnet import linears, tokenizer
-from crnet.config import ConfigError, ModelConfig
-from crnet.generate import Sampling, check, complete, draw, filter_logits, generate
+from crnet.config import ConfigError, ModelConfig, Sampling, check_sampling
+from crnet.generate import complete, draw, filter_logits, generate
 from crnet.model import LanguageModel, build
 
 VOCAB = 61
@@ -160,6 +160,11 @@ def test_a_draw_from_one_certain_token():
     certain = torch.zeros(50, dtype=torch.float64)
     certain[31] = 1
     assert {draw(certain, generator) for _ in range(200)} == {31}
+
+
+def test_a_random_number_of_zero_draws_no_impossible_token(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, *, dtype, generator: torch.zeros(n, dtype=dtype))
+    assert draw(torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64), torch.Generator()) == 2
 
 
 def test_one_token_after_many_seeds_has_the_probabilities():
@@ -318,7 +323,7 @@ def test_low_precision_models_generate():
 )
 def test_bad_options(options, message):
     with pytest.raises(ConfigError) as caught:
-        check(Sampling(**options))
+        check_sampling(Sampling(**options))
     assert len(caught.value.problems) == 1
     assert message in str(caught.value)
     with pytest.raises(ConfigError):
@@ -336,9 +341,9 @@ def test_all_problems_at_once_and_at_the_call():
 
 
 def test_good_options_pass():
-    check(Sampling())
-    check(Sampling(greedy=True))
-    check(Sampling(max_tokens=1, temperature=1e-9, top_k=1, top_p=1.0, seed=2**64 - 1))
+    check_sampling(Sampling())
+    check_sampling(Sampling(greedy=True))
+    check_sampling(Sampling(max_tokens=1, temperature=1e-9, top_k=1, top_p=1.0, seed=2**64 - 1))
 
 
 # Text
@@ -411,3 +416,8 @@ def test_a_model_with_more_rows_than_the_tokenizer_has_entries(bpe):
 def test_a_prompt_from_a_larger_tokenizer_is_refused_at_the_call(bpe):
     with pytest.raises(ConfigError, match="the prompt has id"):
         complete(make(), bpe, "東京", Sampling())
+
+
+def test_a_prompt_that_is_no_text_is_refused(bpe):
+    with pytest.raises(ConfigError, match="not valid text at character 4"):
+        complete(make(), bpe, "caf\udce9", Sampling())

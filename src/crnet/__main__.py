@@ -28,7 +28,9 @@ from crnet.config import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    Sampling,
     TrainConfig,
+    check_sampling,
     from_dict,
     read_json,
     to_dict,
@@ -196,14 +198,7 @@ def generate(
     /,
     *,
     prompt: str = "",
-    max_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.95,
-    greedy: Switch = False,
-    seed: int = 0,
-    stop_at_end: bool = True,
-    cache: bool = True,
+    sampling: Annotated[Sampling, Parameter(name="*")] = Sampling(),
     device: str = "auto",
     as_json: Json = False,
 ) -> None:
@@ -215,22 +210,6 @@ def generate(
         A checkpoint, or a run folder (its newest whole checkpoint).
     prompt
         The text to continue.
-    max_tokens
-        Most tokens to add.
-    temperature
-        Logits are divided by it.
-    top_k
-        Sample among so many likeliest tokens.
-    top_p
-        Sample among the likeliest tokens that together have this probability.
-    greedy
-        Always take the likeliest token.
-    seed
-        Seed of the sampling.
-    stop_at_end
-        Stop at the end-of-text token.
-    cache
-        Keep keys and values of earlier tokens (the text is the same without, slower).
     device
         cpu, cuda, ...; auto: the GPU where there is one.
     as_json
@@ -240,17 +219,7 @@ def generate(
     from crnet import generate as generation
     from crnet.train import pick_device
 
-    sampling = generation.Sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        greedy=greedy,
-        seed=seed,
-        stop_at_end=stop_at_end,
-        use_cache=cache,
-    )
-    generation.check(sampling)
+    check_sampling(sampling)
     saved = checkpoints.resolve(checkpoint)
     model = saved.model(pick_device(device))
     if not as_json:

@@ -8,78 +8,17 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from crnet.config import ConfigError
+from crnet.config import ConfigError, Sampling, sampling_problems
 from crnet.model import LanguageModel
 from crnet.model.attention import LayerCache
 from crnet.tokenizer import Tokenizer
 
 _UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen, and when to stop."""
-
-    max_tokens: int = 100
-    """Most tokens written after the prompt."""
-    temperature: float = 1.0
-    """Divides the logits: below 1 the likely tokens gain, above 1 the unlikely ones."""
-    top_k: int | None = None
-    """Choose among so many of the likeliest tokens; none: all."""
-    top_p: float | None = None
-    """Choose among the fewest likeliest tokens that hold this share of the probability (after
-    top-k); none: all."""
-    greedy: bool = False
-    """Always take the likeliest token."""
-    seed: int = 0
-    """Seed of the draws."""
-    stop_at_end: bool = True
-    """Stop where the model writes end-of-text; else that token is written like any other."""
-    use_cache: bool = True
-    """Keep the keys and values of earlier tokens; else recompute them for every token."""
-
-
-def check(sampling: Sampling) -> None:
-    """Raise one ``ConfigError`` with every problem of the options."""
-    if problems := _problems(sampling):
-        raise ConfigError(problems)
-
-
-def _problems(sampling: Sampling) -> list[str]:
-    problems = []
-    if sampling.max_tokens < 1:
-        problems.append(f"--max-tokens is {sampling.max_tokens}; it must be at least 1")
-    if sampling.temperature == 0:
-        problems.append("--temperature is 0; use --greedy to take the likeliest token always")
-    elif not (sampling.temperature > 0 and math.isfinite(sampling.temperature)):
-        problems.append(f"--temperature is {sampling.temperature}; it must be above zero, finite")
-    if sampling.top_k is not None and sampling.top_k < 1:
-        problems.append(
-            f"--top-k is {sampling.top_k}; it must be at least 1; leave it out to choose among all"
-        )
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        problems.append(f"--top-p is {sampling.top_p}; it is a share and must lie in (0, 1]")
-    if not 0 <= sampling.seed < 2**64:
-        problems.append(f"--seed is {sampling.seed}; it must lie in [0, 2**64)")
-    if sampling.greedy:
-        given = {
-            "--temperature": sampling.temperature != 1,
-            "--top-k": sampling.top_k is not None,
-            "--top-p": sampling.top_p is not None,
-        }
-        if without_effect := [flag for flag, is_given in given.items() if is_given]:
-            problems.append(
-                f"--greedy takes the likeliest token, so {', '.join(without_effect)} would have no "
-                "effect; leave out one or the other"
-            )
-    return problems
 
 
 def filter_logits(logits_V: Tensor, sampling: Sampling) -> Tensor:
@@ -154,7 +93,7 @@ def generate(
     Cost: with the cache one pass over the prompt, then one token a pass, and the cache's memory
         for the prompt and ``max_tokens``; without it a pass over everything so far for each token.
     """
-    problems = _problems(sampling)
+    problems = sampling_problems(sampling)
     vocab_size = model.lm_head.out_features
     limit = vocab_size if num_ids is None else min(num_ids, vocab_size)
     if not 0 <= eos_id < limit:
@@ -202,7 +141,7 @@ def _last_logits(
     for module in training:
         module.training = False
     try:
-        return model.logits(torch.tensor([unread], device=device), cache)[0, -1]
+        return model.logits(torch.tensor([unread], device=device), cache, last_only=True)[0, -1]
     finally:
         for module in training:
             module.training = True
@@ -233,10 +172,16 @@ def complete(
     Returns:
         Pieces, none empty; joined they are what decoding adds to the decoded prompt.
     Raises:
-        ConfigError: at the call, as ``generate``.
+        ConfigError: at the call, as ``generate``; or the prompt is no text.
     Cost: besides ``generate``, decodes everything so far after each token, since what a token
         spells can depend on the ones before it.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # how Python hands over an argument that is not UTF-8
+        raise ConfigError(
+            f"the prompt is not valid text at character {error.start + 1}; give it in UTF-8"
+        ) from error
     prompt_ids = tokenizer.encode(prompt)
     tokens = generate(model, prompt_ids, sampling, tokenizer.eos_id, tokenizer.vocab_size)
     return _pieces(tokenizer, prompt_ids or [tokenizer.eos_id], tokens)

@@ -77,11 +77,13 @@ class Rope:
 
 @functools.lru_cache(maxsize=8)
 def _angles(length: int, head_size: int, theta: float, device: torch.device) -> Rope:
-    # Computed, never stored in the model: a buffer would be garbage after a build on meta.
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    positions = torch.arange(length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, theta**-exponents)[:, None, :]
-    return Rope(angles.cos(), angles.sin())
+    # Computed, never stored in the model: a buffer would be garbage after a build on meta. Never
+    # under inference mode: such tensors could not be kept for a later backward.
+    with torch.inference_mode(False):
+        exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+        positions = torch.arange(length, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, theta**-exponents)[:, None, :]
+        return Rope(angles.cos(), angles.sin())
 
 
 def rope(start: int, length: int, head_size: int, theta: float, device: torch.device) -> Rope:

@@ -137,9 +137,19 @@ class LanguageModel(nn.Module):
         )
         return loss_sum, (targets_BT != IGNORED).sum()
 
-    def logits(self, tokens_BT: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
-        """Return logits (B, T, V). With ``cache``, the tokens continue what is in it."""
-        return self.lm_head(self.model(tokens_BT, cache))
+    def logits(
+        self,
+        tokens_BT: Tensor,
+        cache: Sequence[LayerCache] | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Return logits (B, T, V), or (B, 1, V) of the last token where ``last_only``.
+
+        With ``cache``, the tokens continue what is in it.
+        """
+        x_BTD = self.model(tokens_BT, cache)
+        return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
 
     def new_cache(self, capacity: int) -> list[LayerCache]:
         """Empty key/value caches for ``capacity`` tokens, one a block."""

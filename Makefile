@@ -1,0 +1,52 @@
+# Everything a bare machine with git, make and Python 3.11+ needs; `make help` lists it.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test test-slow test-gpu check lint types golden bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/base.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "crnet needs Python 3.11 or newer; say make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/base.stamp
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/base.stamp  ## train CR-Net beside full rank, a few minutes on two cores
+	$(BIN)/crnet demo $(DEMO)
+
+test: $(VENV)/dev.stamp  ## the tests, under five minutes on two cores
+	$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST)
+
+test-slow: $(VENV)/dev.stamp  ## the tests that take longer
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(PYTEST)
+
+test-gpu: $(VENV)/dev.stamp  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST)
+
+lint: $(VENV)/dev.stamp  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp  ## pyright on src
+	$(BIN)/pyright
+
+check: lint types test  ## what continuous integration runs
+
+golden: $(VENV)/dev.stamp  ## write the golden losses anew, after a change of computation that is meant
+	$(BIN)/python tests/test_train.py --write-golden
+
+bench: $(VENV)/base.stamp  ## time of the blocks: full rank, CR-Net, its plain version, plain low rank
+	$(BIN)/python benchmarks/block_time.py
+
+clean:  ## remove the virtual environment and the caches of the tools
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
