@@ -1,0 +1,62 @@
+"""What only a CUDA device can show: the fast paths there, and a run that resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from crnet import train
+from crnet.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from crnet.kernels import naive
+from crnet.kernels.carried import carried_lowrank
+from crnet.model import build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_carried_lowrank_equals_the_plain_formula(dtype):
+    """bf16: within a few roundings (2^-8) of the fp64 result; fp32: 1e-4 of its largest item."""
+    torch.manual_seed(0)
+    shapes = ((4, 64, 96), (96, 24), (24, 160), (4, 64, 160), (1,))
+    wide = [torch.randn(shape, device="cuda", dtype=torch.float64) for shape in shapes]
+    fast = [tensor.to(dtype).requires_grad_() for tensor in wide]
+    slow = [tensor.to(dtype).double().requires_grad_() for tensor in wide]
+    y_fast, y_slow = carried_lowrank(*fast), naive.carried_lowrank(*slow)
+    dy = torch.randn_like(y_slow).to(dtype)
+    y_fast.backward(dy)
+    y_slow.backward(dy.double())
+    bound = 4e-2 if dtype == torch.bfloat16 else 1e-4
+    pairs = [(y_fast, y_slow), *((a.grad, b.grad) for a, b in zip(fast, slow, strict=True))]
+    for got, wanted in pairs:
+        assert got is not None
+        assert wanted is not None
+        assert (got.double() - wanted).abs().max() <= bound * wanted.abs().max()
+
+
+def test_the_same_seed_gives_the_same_weights_on_every_device():
+    config = dataclasses.replace(ModelConfig(), vocab_size=512)
+    on_cpu, on_gpu = build(config, 3, "cpu"), build(config, 3, "cuda")
+    for left, right in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
+        assert torch.equal(left, right.cpu())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
+def test_a_run_trains_saves_and_resumes(tmp_path, precision):
+    config = RunConfig(
+        model=ModelConfig(hidden_size=64, intermediate_size=176, num_layers=3, num_heads=4),
+        data=DataConfig(sequence_length=64, validation_tokens=8192, cache_dir=tmp_path / "cache"),
+        train=TrainConfig(steps=20, batch_size=8, precision=precision, device="cuda"),
+    )
+    first = train.run(config, tmp_path / "run", progress=False)
+    assert first.before is not None
+    assert first.after is not None
+    assert first.after.loss < first.before.loss - 0.5
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=24))
+    second = train.run(longer, tmp_path / "run", resume=True, progress=False)
+    assert second.step == 24
