@@ -377,7 +377,11 @@ def _rank_problems(model: ModelConfig) -> list[str]:
     by_position: dict[tuple[str, int, int], list[int]] = {}
     for slot in slots:
         limit = min(slot.in_size, slot.out_size)
-        if slot.rank > limit:
+        if slot.rank > limit and slot.layer_idx < linears.get(model.linear).first_ranked_layer_idx:
+            first = f"--model.{model.linear}.first-rank is {slot.rank}, above the smaller width of "
+            first += f"{slot.position}, {limit}; take {min(s.in_size for s in slots)} or less"
+            problems += [] if problems else [first]
+        elif slot.rank > limit:
             by_position.setdefault((slot.position, slot.rank, limit), []).append(slot.layer_idx + 1)
     for (position, rank, limit), blocks in by_position.items():
         span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}..{blocks[-1]}"

@@ -11,7 +11,7 @@ import torch
 
 from crnet import data, generate, metrics, train
 from crnet.checkpoint import load
-from crnet.config import RunConfig, override
+from crnet.config import ConfigError, RunConfig, override
 from crnet.measure import saved_bytes
 from crnet.model import build
 
@@ -30,6 +30,10 @@ def run(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any
         if progress:
             print(f"training {linear} ({its.train.steps} steps)", file=sys.stderr)
         result = train.run(its, out / linear, progress=progress)
+        if not result.finished:
+            raise ConfigError(
+                f"the demo was stopped at step {result.step} of {linear}; start it again"
+            )
         assert result.before is not None
         assert result.after is not None
         assert result.checkpoint is not None
@@ -43,8 +47,6 @@ def run(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any
             "run": str(result.run_dir),
             "checkpoint": str(result.checkpoint),
         }
-        if not result.finished:
-            break
     curves = {linear: metrics.read(out / linear / "metrics.jsonl") for linear in figures["rows"]}
     metrics.plot_losses(curves, out / "loss.png")
     figures["prompt"] = PROMPT

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,19 @@ class Evaluation:
 
 
 def evaluate(model: LanguageModel, rows: Rows, max_tokens: int) -> Evaluation:
-    """Evaluate a model.
+    """Evaluate a model. Arguments, errors and cost: ``evaluate_unless``."""
+    found = evaluate_unless(lambda: False, model, rows, max_tokens)
+    assert found is not None
+    return found
+
+
+def evaluate_unless(
+    stopped: Callable[[], bool], model: LanguageModel, rows: Rows, max_tokens: int
+) -> Evaluation | None:
+    """Evaluate a model, or give up and return None as soon as ``stopped()`` says so.
 
     Args:
+        stopped: asked before every batch.
         model: on any device. A bf16 model is evaluated through an fp32 copy of its weights.
         rows: rows of the validation split.
         max_tokens: most input tokens read.
@@ -52,14 +63,17 @@ def evaluate(model: LanguageModel, rows: Rows, max_tokens: int) -> Evaluation:
     was_training = model.training
     model.eval()
     batch_size = max(1, TOKENS_AT_ONCE // rows.sequence_length)
-    loss_sum, num_tokens = 0.0, 0
+    loss_sum, num_tokens, complete = 0.0, 0, True
     with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
         for tokens, targets in validation_batches(rows, batch_size, max_tokens):
+            if stopped():
+                complete = False
+                break
             loss, count = model(tokens.to(parameter.device), targets.to(parameter.device))
             loss_sum += loss.item()
             num_tokens += int(count.item())
     model.train(was_training)
-    return Evaluation(loss=loss_sum / num_tokens, tokens=num_tokens)
+    return Evaluation(loss=loss_sum / num_tokens, tokens=num_tokens) if complete else None
 
 
-__all__ = ["Evaluation", "evaluate", "validation_hash"]
+__all__ = ["Evaluation", "evaluate", "evaluate_unless", "validation_hash"]

@@ -23,7 +23,7 @@ import crnet
 from crnet import checkpoint, data, metrics, optimizers
 from crnet.checkpoint import Progress
 from crnet.config import ConfigError, RunConfig, check, read_json, to_dict
-from crnet.evaluate import Evaluation, evaluate
+from crnet.evaluate import Evaluation, evaluate_unless
 from crnet.linears import num_parameters
 from crnet.model import LanguageModel, build
 
@@ -43,8 +43,9 @@ class Result:
     """False where a signal stopped it; it can be resumed."""
     num_parameters: int
     before: Evaluation | None
-    """Before the first step; None in a run that was resumed."""
+    """Before the first step; None where a signal came first."""
     after: Evaluation | None
+    """The latest one."""
     tokens_per_s: float
     """Training tokens over training time: no evaluation, no saving."""
     checkpoint: Path | None
@@ -184,11 +185,9 @@ class _Loop:
         train = self.config.train
         batches = data.Batches(self.rows, train.seed, train.batch_size, at.position)
         self.last_checkpoint = next(iter(checkpoint.found(self.run_dir)), None)
-        before = after = None
-        if at.step == 0:
-            before = after = self.evaluate(0)
-        elif at.step >= train.steps:
-            after = self.evaluate(at.step, write=False)
+        # A signal during an evaluation leaves it undone; the resumed run makes up for it here.
+        if self.evaluation_due(at.step) and at.step not in self.evaluations():
+            self.evaluate(at.step, stop)
         bar = tqdm(
             total=train.steps,
             initial=at.step,
@@ -217,14 +216,15 @@ class _Loop:
                 self.log.write(row | {"grad_norm": norm, "tokens_per_s": round(rate, 1)})
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
                 logged_tokens, logged_s = 0, 0.0
-            if last or (train.eval_every_steps and at.step % train.eval_every_steps == 0):
-                after = self.evaluate(at.step)
-                if show:
-                    bar.write(_progress_line(at, after), file=sys.stderr)
+            if self.evaluation_due(at.step):
+                found = self.evaluate(at.step, stop)
+                if show and found is not None:
+                    bar.write(_progress_line(at, found), file=sys.stderr)
             if last or (train.save_every_steps and at.step % train.save_every_steps == 0):
                 self.save(at, tokenizer)
         bar.close()
-        finished = at.step >= train.steps
+        evaluations = self.evaluations()
+        finished = at.step >= train.steps and at.step in evaluations
         if not finished and not self.saved(at.step):
             self.save(at, tokenizer)
         metrics.plot_losses(
@@ -236,8 +236,8 @@ class _Loop:
             tokens=at.tokens,
             finished=finished,
             num_parameters=sum(num_parameters(self.config.model).values()),
-            before=before,
-            after=after,
+            before=evaluations.get(0),
+            after=evaluations[max(evaluations)] if evaluations else None,
             tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
             checkpoint=self.last_checkpoint,
         )
@@ -287,9 +287,26 @@ class _Loop:
             "fp32"
         )
 
-    def evaluate(self, step: int, write: bool = True) -> Evaluation:
-        found = evaluate(self.model, self.validation, self.config.data.validation_tokens)
-        if write:
+    def evaluation_due(self, step: int) -> bool:
+        every = self.config.train.eval_every_steps
+        return step in (0, self.config.train.steps) or bool(every and step % every == 0)
+
+    def evaluations(self) -> dict[int, Evaluation]:
+        """What has been evaluated so far, by step."""
+        return {
+            row["step"]: Evaluation(row["val_loss"], row["val_tokens"])
+            for row in metrics.read(self.log.path)
+            if "val_loss" in row
+        }
+
+    def evaluate(self, step: int, stop: _Stop) -> Evaluation | None:
+        found = evaluate_unless(
+            lambda: stop.requested is not None,
+            self.model,
+            self.validation,
+            self.config.data.validation_tokens,
+        )
+        if found is not None:
             row = {"step": step, "val_loss": found.loss, "val_perplexity": found.perplexity}
             self.log.write(row | {"val_tokens": found.tokens})
         return found
@@ -426,16 +443,20 @@ def write_manifest(
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
     }
-    before = read_json(path)["starts"] if path.exists() else []
+    earlier = []
+    if path.exists():
+        last = read_json(path)
+        earlier = [*last.get("earlier_starts", []), {key: last.get(key) for key in start}]
     manifest = {
         "config": to_dict(config),
+        **start,
         "parameters": num_parameters(config.model),
         "data": {
             "folder": str(prepared.folder),
             "hashes": hashes,
             "parts": {name: dataclasses.asdict(part) for name, part in prepared.parts.items()},
         },
-        "starts": [*before, start],
+        "earlier_starts": earlier,
     }
     checkpoint.write_json_atomically(path, manifest)
 

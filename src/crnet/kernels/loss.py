@@ -54,8 +54,8 @@ def _torch_wins(x_MD: Tensor, weight_VD: Tensor) -> bool:
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MD, weight_VD, target_M, chunk_rows):
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
+    def forward(ctx, x_MD, weight_VD, target_M, chunk_rows, differentiable):
+        wants_x, wants_weight = (differentiable and it for it in ctx.needs_input_grad[:2])
         wide = torch.float64 if x_MD.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=x_MD.device)
         dx_MD = torch.empty_like(x_MD) if wants_x else None
@@ -89,7 +89,7 @@ class _ChunkedLoss(torch.autograd.Function):
         dx_MD, dweight_VD = ctx.saved_tensors
         dx = None if dx_MD is None else dx_MD * dloss.to(dx_MD.dtype)
         dweight = None if dweight_VD is None else (dweight_VD * dloss).to(ctx.weight_dtype)
-        return dx, dweight, None, None
+        return dx, dweight, None, None, None
 
 
 def chunked_linear_cross_entropy(
@@ -101,4 +101,5 @@ def chunked_linear_cross_entropy(
     """
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_ITEMS // weight_VD.shape[0])
-    return _ChunkedLoss.apply(x_MD, weight_VD, target_M, chunk_rows)
+    # Inside forward the grad mode is always off, and needs_input_grad does not know of no_grad.
+    return _ChunkedLoss.apply(x_MD, weight_VD, target_M, chunk_rows, torch.is_grad_enabled())

@@ -175,19 +175,23 @@ def parse_ranks(
     """
     if num_blocks <= 0:
         return {position: [] for position in POSITIONS}
-    if text.startswith("aligned-"):
-        if text not in published:
+    common, *apart = text.split("/")
+    if common.startswith("aligned-"):
+        if common not in published:
             raise ValueError(
-                f"--model.rank {text}: no published table gives ranks of this shape; "
+                f"--model.rank {common}: no published table gives ranks of this shape; "
                 "give numbers, for example 0.25h or 96x3,112x4"
             )
-        text = published[text]
-    common, *apart = text.split("/")
+        common = published[common]
     schedules = {
         position: _parse_schedule(common, num_blocks, hidden_size) for position in POSITIONS
     }
+    given: set[str] = set()
     for part in apart:
         position, _, schedule = part.partition("=")
+        if position in given:
+            raise ValueError(f"--model.rank {text} gives {position} twice; leave one out")
+        given.add(position)
         if position not in POSITIONS:
             raise ValueError(
                 f"--model.rank {text}: {position!r} is no position; known: {', '.join(POSITIONS)}"
@@ -210,6 +214,8 @@ def _parse_schedule(text: str, num_blocks: int, hidden_size: int) -> list[int]:
         rank = round(float(size[:-1]) * hidden_size) if size.endswith("h") else int(size)
         if rank < 1:
             raise ValueError(f"--model.rank: {part.strip()!r} is a rank of {rank}; take 1 or more")
+        if match[2] and int(match[2]) == 0:
+            raise ValueError(f"--model.rank: {part.strip()!r} is a rank for no block; leave it out")
         ranks += [rank] * (int(match[2]) if match[2] else 1)
     if len(parts) == 1 and len(ranks) == 1 and "x" not in text:
         ranks *= num_blocks

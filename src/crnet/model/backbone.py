@@ -172,6 +172,7 @@ class LanguageModel(nn.Module):
                 filled.add(name)
         for prefix, module in self.named_modules():
             own = {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
+            own &= on_cpu.keys()  # a tied head is listed once, as the embedding
             if not own - filled:
                 continue
             _reset_on_cpu(module, prefix, on_cpu, generator)
