@@ -45,7 +45,7 @@ class Scripted(nn.Module):
     def new_cache(self, capacity: int) -> list[None]:
         return [None]
 
-    def logits(self, tokens_BT: Tensor, cache: object) -> Tensor:
+    def logits(self, tokens_BT: Tensor, cache: object, *, last_only: bool) -> Tensor:
         logits = torch.zeros(*tokens_BT.shape, self.lm_head.out_features)
         logits[:, -1, next(self._script)] = 200.0
         return logits
