@@ -2,7 +2,7 @@
 
     python runs/comparison.py --abstracts DIR --out OUT [--jobs 2]
 
-1. Each method tries every learning rate of GRID for a quarter of the tokens (seed 0).
+1. Each method tries every learning rate of GRID for a fifth of the tokens (seed 0).
 2. Each trains with its best rate from three seeds; mean and deviation of validation perplexity.
 
 Low rank gets the rank that gives its blocks as many parameters as CR-Net's. Writes
@@ -28,12 +28,12 @@ from crnet.train import describe_code, describe_device
 
 GRID = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 SEEDS = (0, 1, 2)
-GRID_STEPS, STEPS = 256, 1024
+GRID_STEPS, STEPS = 192, 1024
 SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_layers": 7, "num_heads": 6}
 CRNET_RANK = 48
 COMMON = (
-    "--data.vocab-size 8192 --data.sequence-length 256 --data.validation-tokens 262144 "
-    "--train.batch-size 8 --train.threads 1 --train.eval-every-steps 256 "
+    "--data.vocab-size 8192 --data.sequence-length 256 --data.validation-tokens 131072 "
+    "--train.batch-size 8 --train.threads 1 --train.eval-every-steps 512 "
     "--train.save-every-steps 256 --train.keep-checkpoints 1"
 ).split()
 

@@ -20,6 +20,7 @@ CANDIDATES = {
     "balanced, beta 0.8": "--model.crnet.init balanced --model.crnet.beta-init 0.8",
     "balanced, beta 1": "--model.crnet.init balanced --model.crnet.beta-init 1.0",
     "spectral, beta 0.5": "--model.crnet.init spectral --model.crnet.beta-init 0.5",
+    "spectral, beta 1": "--model.crnet.init spectral --model.crnet.beta-init 1.0",
     "zero-b, beta 1": "--model.crnet.init zero-b --model.crnet.beta-init 1.0",
 }
 SEEDS = (0, 1)

@@ -75,8 +75,12 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     )
     data.check_enough(rows, config.train.batch_size)
     data.check_enough(validation, 1)
+    part = prepared.parts["train"]
     hashes = {
         "tokenizer": prepared.tokenizer_hash,
+        # What the order of rows hangs on, without reading every token of a large corpus again.
+        "corpus": f"{part.tokens} tokens, {part.documents} documents, "
+        f"{prepared.validation_sha256} held out",
         "validation": data.validation_hash(validation, config.data.validation_tokens),
     }
     device = pick_device(config.train.device)
@@ -419,8 +423,12 @@ def _check_same_run(
                 f"--train.{key} was {old['train'][key]!r} and is now {new['train'][key]!r}; "
                 "a resumed run keeps it"
             )
-    if not problems and hashes["tokenizer"] != saved.extra["tokenizer"]:
-        problems.append("the tokenizer is not the one this run began with; restore the corpus")
+    for what in ("tokenizer", "corpus"):
+        if not problems and hashes[what] != saved.extra[what]:
+            problems.append(
+                f"the {what} is not the one this run began with (was {saved.extra[what]}, is "
+                f"now {hashes[what]}); restore it, or start a new run"
+            )
     if problems:
         raise ConfigError(problems)
 
