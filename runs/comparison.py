@@ -80,7 +80,7 @@ def main() -> None:
         given.jobs,
     )
     best = {
-        linear: min(GRID, key=lambda lr: perplexity(grid[f"grid-{linear}-{lr}"]))  # noqa: B023
+        linear: min(GRID, key=lambda lr: perplexity(grid[f"grid-{linear}-{lr}"]))
         for linear in ranks
     }
     final = sweep.run_all(
