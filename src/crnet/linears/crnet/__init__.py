@@ -18,7 +18,7 @@ class CRNetOptions:
 
     first_rank: int | None = None
     """Rank of the first block's maps; none: full rank, as the paper has it (table 6)."""
-    beta_init: float = 0.5
+    beta_init: float = 1.0
     """Initial beta: how much of the block below a map starts with."""
     learnable_beta: bool = True
     """Train beta; otherwise it stays at its initial value."""
