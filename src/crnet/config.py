@@ -130,9 +130,9 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int = 600
+    steps: int = 300
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Sequences per step."""
     micro_batch_size: int | None = None
     """Sequences per forward pass; none: the whole batch at once."""
@@ -150,7 +150,7 @@ class TrainConfig:
     """Steps between two training rows of metrics.jsonl."""
     eval_every_steps: int = 100
     """Steps between two evaluations; 0: only before the first and after the last step."""
-    save_every_steps: int = 200
+    save_every_steps: int = 100
     """Steps between two checkpoints; 0: only after the last step."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0: all."""

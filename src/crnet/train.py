@@ -109,7 +109,18 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     log = metrics.Metrics(
         run_dir, upto_step=at.step if saved else None, tensorboard=config.train.tensorboard
     )
-    loop = _Loop(config, run_dir, model, optimizer, rows, validation, log, hashes, device)
+    loop = _Loop(
+        config,
+        run_dir,
+        model,
+        optimizer,
+        rows,
+        validation,
+        log,
+        hashes,
+        device,
+        saved.folder if saved else None,
+    )
     with contextlib.closing(log), _signals() as stop:
         return loop.run(at, prepared.tokenizer(), stop, progress)
 
@@ -172,6 +183,7 @@ class _Loop:
         log: metrics.Metrics,
         hashes: dict[str, str],
         device: torch.device,
+        last_checkpoint: Path | None,
     ):
         self.config = config
         self.run_dir = run_dir
@@ -183,15 +195,11 @@ class _Loop:
         self.hashes = hashes
         self.device = device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.last_checkpoint: Path | None = None
+        self.last_checkpoint = last_checkpoint
 
     def run(self, at: Progress, tokenizer: Any, stop: _Stop, show: bool) -> Result:
         train = self.config.train
         batches = data.Batches(self.rows, train.seed, train.batch_size, at.position)
-        self.last_checkpoint = next(iter(checkpoint.found(self.run_dir)), None)
-        # A signal during an evaluation leaves it undone; the resumed run makes up for it here.
-        if self.evaluation_due(at.step) and at.step not in self.evaluations():
-            self.evaluate(at.step, stop)
         bar = tqdm(
             total=train.steps,
             initial=at.step,
@@ -200,6 +208,10 @@ class _Loop:
             dynamic_ncols=True,
             mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file wants few lines
         )
+        # A signal during an evaluation leaves it undone; the resumed run makes up for it here.
+        if self.evaluation_due(at.step) and at.step not in self.evaluations():
+            bar.set_postfix_str("evaluating")
+            self.evaluate(at.step, stop)
         self.model.train()
         trained_tokens, trained_s = 0, 0.0
         logged_tokens, logged_s = 0, 0.0
@@ -221,6 +233,7 @@ class _Loop:
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
                 logged_tokens, logged_s = 0, 0.0
             if self.evaluation_due(at.step):
+                bar.set_postfix_str("evaluating")
                 found = self.evaluate(at.step, stop)
                 if show and found is not None:
                     bar.write(_progress_line(at, found), file=sys.stderr)
