@@ -26,7 +26,7 @@ from crnet import linears
 from crnet.config import ModelConfig
 from crnet.train import describe_code, describe_device
 
-GRID = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+GRID = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 SEEDS = (0, 1, 2)
 GRID_STEPS, STEPS = 192, 1024
 SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_layers": 7, "num_heads": 6}

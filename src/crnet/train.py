@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -104,7 +105,12 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
         for block in model.model.layers:
             block.compile()
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{run_dir}: cannot be made ({error.strerror}); choose another --out"
+        ) from error
     write_manifest(run_dir, config, prepared, hashes, device, at.step)
     log = metrics.Metrics(
         run_dir, upto_step=at.step if saved else None, tensorboard=config.train.tensorboard
@@ -406,15 +412,11 @@ def _check_folder(run_dir: Path, resume: bool) -> None:
         )
     if resume and not begun:
         raise ConfigError(f"{run_dir}: nothing to resume, there is no run.json in it")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"{run_dir}: cannot be written ({error.strerror}); choose another --out"
-        ) from error
+    # Nothing is made before the corpus is known to be good; but learn now what would fail then.
+    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "is not a folder" if not nearest.is_dir() else "cannot be written"
+        raise ConfigError(f"{run_dir}: {nearest} {reason}; choose another --out")
 
 
 def _check_same_run(
