@@ -9,6 +9,7 @@ Nothing heavy is imported before a command needs it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import tomllib
@@ -23,6 +24,7 @@ from cyclopts.config import Dict
 import crnet
 from crnet import linears, optimizers, presets
 from crnet.config import (
+    SECTIONS,
     ConfigError,
     DataConfig,
     ModelConfig,
@@ -39,6 +41,8 @@ from crnet.config import (
 RUNS = Path("crnet-runs")
 """Where runs go that were given no ``--out``."""
 
+DEFAULT_PRESET = "tiny"
+
 app = cyclopts.App(
     name="crnet",
     help="Pre-train language models with cross-layer low-rank structure (CR-Net).",
@@ -53,7 +57,7 @@ Switch = Annotated[bool, Parameter(negative=())]
 
 @app.command
 def train(
-    preset: str = "tiny",
+    preset: str | None = None,
     /,
     *,
     out: Path | None = None,
@@ -70,7 +74,7 @@ def train(
     Parameters
     ----------
     preset
-        A recipe; crnet list names them.
+        A recipe; crnet list names them. None: tiny, or with --resume that of the run.
     out
         Run folder; none: a new one under crnet-runs.
     resume
@@ -82,6 +86,9 @@ def train(
     """
     from crnet import train as training
 
+    if preset is None and resume:
+        preset = _run_config(out or _newest_run()).preset
+    preset = preset or DEFAULT_PRESET
     run_config = RunConfig(preset=preset, model=model, data=data, optimizer=optimizer, train=train)
     run_dir = out or (_newest_run() if resume else _new_run(f"{preset}-{model.linear}"))
     result = training.run(run_config, run_dir, resume=resume)
@@ -363,31 +370,42 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: is not well-formed ({reason})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: holds no sections; wanted model, data, ... with keys")
+    if flat := [key for key in SECTIONS if not isinstance(values.get(key, {}), dict)]:
+        raise ConfigError(
+            f"--config {path}: {', '.join(flat)} must be a section with keys of its own, such as "
+            "model: {rank: 96}"
+        )
     return values
 
 
-def _layers(command: str, arguments: dict[str, Any]) -> list[Dict]:
+def _layers(command: str, arguments: dict[str, Any]) -> tuple[Dict, ...]:
     """What stands behind the command line, the strongest first."""
-    files = [
-        Dict(read_config_file(path), source=str(path), use_commands_as_keys=False)
-        for path in reversed(arguments.get("config", ()))
-    ]
+    files = [(str(path), read_config_file(path)) for path in reversed(arguments.get("config", ()))]
     base: dict[str, Any] = {}
     if command == "train":
         if arguments.get("resume"):
             run_dir = arguments.get("out") or _newest_run()
-            if (run_dir / "run.json").exists():
-                base = read_json(run_dir / "run.json")["config"]
-                base = to_dict(from_dict(base))
+            if os.path.exists(run_dir / "run.json"):
+                base = to_dict(_run_config(run_dir))
                 base["model"].pop("vocab_size")  # resolved again, from the same tokenizer
         else:
-            base = to_dict(presets.get(arguments.get("preset", "tiny")))
+            base = to_dict(presets.get(arguments.get("preset") or DEFAULT_PRESET))
         base.pop("preset", None)
     elif command == "evaluate" and "checkpoint" in arguments:
         from crnet.checkpoint import resolve
 
         base = {"data": to_dict(resolve(arguments["checkpoint"]).config.data)}
-    return [*files, Dict(base, source="preset", use_commands_as_keys=False)]
+    # Under the command's name: cyclopts drops a section that is named like a command (train).
+    return tuple(Dict({command: values}, source=at) for at, values in [*files, ("preset", base)])
+
+
+def _run_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run that was begun in a folder."""
+    path = run_dir / "run.json"
+    manifest = read_json(path)
+    if not isinstance(manifest.get("config"), dict):
+        raise ConfigError(f"{path}: altered (it holds no configuration); start a new run")
+    return from_dict(manifest["config"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -395,10 +413,15 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     warnings.showwarning = _show_warning
     try:
+        app.config = ()
         command = words[0] if words else ""
+        for word in words:
+            if word.partition("=")[0] in [f"--{section}" for section in SECTIONS]:
+                flag = word.partition("=")[0]
+                raise ConfigError(f"{flag} is a section; name one of its keys, as {flag}.KEY VALUE")
         if command in ("train", "prepare", "evaluate") and "--help" not in words:
             _, bound, _ = app.parse_args(words)
-            app.config = tuple(_layers(command, bound.arguments))
+            app.config = _layers(command, bound.arguments)
         app(words)
     except ConfigError as error:
         for problem in error.problems:

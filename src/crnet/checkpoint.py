@@ -14,12 +14,14 @@ only afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,8 @@ def save(
     unfinished = root / f"{_UNFINISHED}{target.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in root.glob(f"{_UNFINISHED}*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir()
         names = {id(p): name for name, p in reversed(list(model.named_parameters()))}
         weights = {
@@ -129,7 +132,8 @@ def save(
             if names[id(tensor)] == name
         }
         safetensors.torch.save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
-        torch.save(state, unfinished / STATE)
+        with (unfinished / STATE).open("wb") as file:  # a file object keeps the system's reason
+            torch.save(state, file)
         description = {
             "format": FORMAT,
             "step": progress.step,
@@ -160,9 +164,23 @@ def save(
             "untouched; free space or make the folder writable, then go on with --resume"
         ) from error
     if keep:
-        for old in sorted(found(run_dir), key=_step)[:-keep]:
+        # What is newer than this one was damaged and passed over on resume; it is not counted.
+        older = [path for path in found(run_dir) if _step(path) <= progress.step]
+        for old in older[keep:]:
             _remove(old)
     return target
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write ``path`` into a ``ConfigError`` that names it and the mend."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or make it "
+            "writable, then go on with --resume"
+        ) from error
 
 
 def found(run_dir: Path) -> list[Path]:
@@ -212,6 +230,8 @@ def load(folder: Path) -> Checkpoint:
     """
     sums = read_json(folder / CHECKSUMS)
     for name, wanted in sums.items():
+        if not isinstance(wanted, dict) or {"bytes", "sha256"} - wanted.keys():
+            raise ConfigError(f"{folder / CHECKSUMS}: altered (its entry {name!r} is not whole)")
         path = folder / name
         if not path.is_file():
             raise ConfigError(f"{path}: missing; the checkpoint is not whole")
@@ -227,6 +247,9 @@ def load(folder: Path) -> Checkpoint:
         raise ConfigError(
             f"{folder}: checkpoint format {description.get('format')}; this version reads {FORMAT}"
         )
+    wanted_keys = {"config", "step", "position", "tokens", "extra"}
+    if missing := sorted(wanted_keys - description.keys()):
+        raise ConfigError(f"{folder / DESCRIPTION}: altered ({', '.join(missing)} missing)")
     return Checkpoint(
         folder=folder,
         config=from_dict(description["config"]),
@@ -259,9 +282,14 @@ def _write_json(path: Path, value: Any) -> None:
 def write_json_atomically(path: Path, value: Any) -> None:
     """Write a JSON file that is there whole or not at all, also after a power cut."""
     unfinished = path.with_name(_UNFINISHED + path.name)
-    _write_json(unfinished, value)
-    _sync(unfinished)
-    unfinished.replace(path)
+    with writing(path):
+        try:
+            _write_json(unfinished, value)
+            _sync(unfinished)
+            unfinished.replace(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
 
 
 def _sync(path: Path) -> None:

@@ -13,12 +13,15 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from crnet import linears, optimizers
 from crnet.linears.crnet import CRNetOptions
@@ -33,6 +36,17 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+def _whole(_: Any, tokens: Any) -> int:
+    # cyclopts would round 2.5 steps to 2 without a word.
+    if not re.fullmatch(r"[+-]?\d+", tokens[0].value.strip()):
+        raise ValueError(f"{tokens[0].value!r} is not a whole number")
+    return int(tokens[0].value)
+
+
+Int = Annotated[int, Parameter(converter=_whole)]
+"""A whole number, from the command line or a file; a fraction is an error."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of the model and the parameterization of its linear maps."""
@@ -43,17 +57,17 @@ class ModelConfig:
     """Ranks, bottom block first: 96 | 96x3,112x4 | 0.25h | aligned-parameters | aligned-memory.
     One position apart from the rest: 96x7/v=128x7/down=128x7. For crnet they are those of blocks
     2..L, for lowrank of blocks 1..L."""
-    hidden_size: int = 192
+    hidden_size: Int = 192
     """Model width h."""
-    intermediate_size: int = 512
+    intermediate_size: Int = 512
     """Feed-forward width f."""
-    num_layers: int = 8
+    num_layers: Int = 8
     """Blocks L."""
-    num_heads: int = 6
+    num_heads: Int = 6
     """Query heads."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Int | None = None
     """Key/value heads (grouped-query attention); none: as many as query heads."""
-    vocab_size: int | None = None
+    vocab_size: Int | None = None
     """Rows of the embedding; none: the tokenizer's."""
     rope_theta: float = 10_000.0
     """Base of the rotary embedding."""
@@ -78,7 +92,7 @@ class DataConfig:
     """Validation corpus, as source; none: the source's own validation split, else a share of it."""
     validation_frac: float = 0.05
     """Share of the documents, chosen by their hash, that is held out where no split exists."""
-    validation_tokens: int = 10_000_000
+    validation_tokens: Int = 10_000_000
     """Most tokens an evaluation reads."""
     subset: str | None = None
     """Configuration of a Hugging Face data set (for example en)."""
@@ -87,14 +101,14 @@ class DataConfig:
     None: text, content, ... whichever is there."""
     documents: Literal["auto", "file", "paragraph", "line"] = "auto"
     """What one document of a text file is; auto: the file, long files cut at blank lines."""
-    max_documents: int | None = None
+    max_documents: Int | None = None
     """Read at most so many documents of the source (none: all; sources without an end need one)."""
     tokenizer: str = "train"
     """A tokenizer.json, a SentencePiece .model, a Hugging Face name or folder, or train: byte-level
     BPE trained on the corpus."""
-    vocab_size: int = 4096
+    vocab_size: Int = 4096
     """Entries of a trained tokenizer."""
-    sequence_length: int = 256
+    sequence_length: Int = 256
     """Tokens in a row."""
     rows: Literal["packed", "document"] = "packed"
     """packed: rows cut from the stream of documents; document: one a row, cut or padded."""
@@ -108,7 +122,7 @@ class OptimizerConfig:
 
     name: str = "adamw"
     """Optimizer."""
-    lr: float = 5e-3
+    lr: float = 1.5e-3
     """Peak learning rate; low-rank factors take a share of it (model.LINEAR.lr-factor)."""
     beta1: float = 0.9
     """Decay of the first moment."""
@@ -130,13 +144,13 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int = 300
+    steps: Int = 300
     """Optimizer steps."""
-    batch_size: int = 8
+    batch_size: Int = 8
     """Sequences per step."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Int | None = None
     """Sequences per forward pass; none: the whole batch at once."""
-    seed: int = 0
+    seed: Int = 0
     """Seed of the initial weights and of the order of the data."""
     precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
     """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: everything bf16."""
@@ -144,15 +158,15 @@ class TrainConfig:
     """Compile the blocks with torch.compile."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU where there is one."""
-    threads: int | None = None
+    threads: Int | None = None
     """CPU threads of torch; none: torch's choice."""
-    log_every_steps: int = 10
+    log_every_steps: Int = 10
     """Steps between two training rows of metrics.jsonl."""
-    eval_every_steps: int = 100
+    eval_every_steps: Int = 100
     """Steps between two evaluations; 0: only before the first and after the last step."""
-    save_every_steps: int = 100
+    save_every_steps: Int = 100
     """Steps between two checkpoints; 0: only after the last step."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Int = 2
     """Newest checkpoints kept; 0: all."""
     tensorboard: bool = False
     """Also write TensorBoard event files into the run folder."""
@@ -173,18 +187,18 @@ class RunConfig:
 class Sampling:
     """How the next token is chosen, and when to stop."""
 
-    max_tokens: int = 100
+    max_tokens: Int = 100
     """Most tokens written after the prompt."""
     temperature: float = 1.0
     """Divides the logits: below 1 the likely tokens gain, above 1 the unlikely ones."""
-    top_k: int | None = None
+    top_k: Int | None = None
     """Choose among so many of the likeliest tokens; none: all."""
     top_p: float | None = None
     """Choose among the fewest likeliest tokens that hold this share of the probability (after
     top-k); none: all."""
     greedy: bool = False
     """Always take the likeliest token."""
-    seed: int = 0
+    seed: Int = 0
     """Seed of the draws."""
     stop_at_end: bool = True
     """Stop where the model writes end-of-text; else that token is written like any other."""
@@ -240,9 +254,16 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ConfigError([f"unknown key {where}{key}" for key in unknown])
-    return cls(**{key: _coerce(hints[key], value, where + key) for key, value in values.items()})
+    problems = [f"unknown key {where}{key}" for key in sorted(set(values) - known)]
+    built = {}
+    for key in sorted(set(values) & known):
+        try:
+            built[key] = _coerce(hints[key], values[key], where + key)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return cls(**built)
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
@@ -269,11 +290,14 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing or broken file is a ``ConfigError`` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ConfigError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: altered (it holds no JSON object)")
+    return value
 
 
 def check(config: RunConfig) -> None:
@@ -292,7 +316,8 @@ def check(config: RunConfig) -> None:
         for key in keys:
             value = getattr(section, key)
             flag = f"--{name}.{key.replace('_', '-')}"
-            want(value is None or value > 0, f"{flag} is {value}; it must be above zero")
+            fine = value is None or (value > 0 and math.isfinite(value))
+            want(fine, f"{flag} is {value}; it must be above zero and finite")
 
     positive(model, "model", "hidden_size", "intermediate_size", "num_layers", "num_heads")
     positive(model, "model", "num_kv_heads", "vocab_size", "rope_theta", "norm_eps", "init_std")
@@ -362,7 +387,8 @@ def check(config: RunConfig) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             problems.append(f"{flag} is {name!r}; known are {', '.join(known)}{hint}")
-    if not problems:
+    shaped = not any(problem.startswith("--model.") for problem in problems)
+    if shaped:
         problems += _rank_problems(model)
     if problems:
         raise ConfigError(problems)

@@ -7,6 +7,7 @@ and ``tokens_per_s``; an evaluation row has ``step``, ``val_loss``, ``val_perple
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from crnet.checkpoint import writing
 from crnet.config import ConfigError
 
 Row = dict[str, Any]
@@ -34,15 +36,22 @@ class Metrics:
         self.path = run_dir / "metrics.jsonl"
         kept = [] if upto_step is None else [r for r in read(self.path) if r["step"] <= upto_step]
         replacement = self.path.with_suffix(".unfinished")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        replacement.replace(self.path)
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        with writing(self.path):
+            try:
+                replacement.write_text(text, encoding="utf-8")
+                replacement.replace(self.path)
+            except OSError:
+                replacement.unlink(missing_ok=True)
+                raise
+            self._file: IO[str] = self.path.open("a", encoding="utf-8")
         self._board = _board(run_dir, upto_step) if tensorboard else None
 
     def write(self, row: Row) -> None:
         """Append one row."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         if self._board is not None:
             for key, value in row.items():
                 if key != "step":
@@ -50,12 +59,13 @@ class Metrics:
 
     def sync(self) -> None:
         """Bring every row to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was reported by write
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -110,8 +120,10 @@ def plot_losses(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats a token); points: validation")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fonts of the user's machine
-        figure.savefig(path, dpi=120)
+        with writing(path):
+            figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -385,12 +385,12 @@ def _signals() -> Iterator[_Stop]:
     previous: dict[int, Any] = {}
 
     def handle(number: int, frame: object) -> None:
+        for each in numbers:  # first of all: a second signal may come while the first is answered
+            signal.signal(each, signal.SIG_DFL)
         stop.requested = signal.Signals(number).name
         print(
             f"\n{stop.requested}: saving after this step; once more ends at once", file=sys.stderr
         )
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
 
     try:
         for number in numbers:
@@ -405,7 +405,7 @@ def _signals() -> Iterator[_Stop]:
 
 
 def _check_folder(run_dir: Path, resume: bool) -> None:
-    begun = (run_dir / "run.json").exists()
+    begun = os.path.exists(run_dir / "run.json")  # no where a folder may not be entered
     if begun and not resume:
         raise ConfigError(
             f"{run_dir}: a run is there already; go on with --resume, or choose another --out"
@@ -413,7 +413,8 @@ def _check_folder(run_dir: Path, resume: bool) -> None:
     if resume and not begun:
         raise ConfigError(f"{run_dir}: nothing to resume, there is no run.json in it")
     # Nothing is made before the corpus is known to be good; but learn now what would fail then.
-    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    above = (run_dir, *run_dir.absolute().parents)
+    nearest = next(path for path in above if os.path.exists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "is not a folder" if not nearest.is_dir() else "cannot be written"
         raise ConfigError(f"{run_dir}: {nearest} {reason}; choose another --out")
