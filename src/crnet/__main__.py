@@ -86,11 +86,14 @@ def train(
     """
     from crnet import train as training
 
-    if preset is None and resume:
-        preset = _run_config(out or _newest_run()).preset
-    preset = preset or DEFAULT_PRESET
+    if resume:
+        run_dir = out or _newest_run()
+        begun = os.path.exists(run_dir / "run.json")  # if not, training says so
+        preset = preset or (_run_config(run_dir).preset if begun else DEFAULT_PRESET)
+    else:
+        preset = preset or DEFAULT_PRESET
+        run_dir = out or _new_run(f"{preset}-{model.linear}")
     run_config = RunConfig(preset=preset, model=model, data=data, optimizer=optimizer, train=train)
-    run_dir = out or (_newest_run() if resume else _new_run(f"{preset}-{model.linear}"))
     result = training.run(run_config, run_dir, resume=resume)
     figures: dict[str, Any] = {
         "run": str(result.run_dir),
@@ -372,8 +375,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: holds no sections; wanted model, data, ... with keys")
     if flat := [key for key in SECTIONS if not isinstance(values.get(key, {}), dict)]:
         raise ConfigError(
-            f"--config {path}: {', '.join(flat)} must be a section with keys of its own, such as "
-            "model: {rank: 96}"
+            f"--config {path}: {key} is {values[key]!r}; it must be a section of keys, "
+            "such as model: {rank: 96}"
+            for key in flat
         )
     return values
 

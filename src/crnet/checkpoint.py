@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import safetensors.torch
@@ -132,8 +133,7 @@ def save(
             if names[id(tensor)] == name
         }
         safetensors.torch.save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
-        with (unfinished / STATE).open("wb") as file:  # a file object keeps the system's reason
-            torch.save(state, file)
+        _save_state(state, unfinished / STATE)
         description = {
             "format": FORMAT,
             "step": progress.step,
@@ -169,6 +169,26 @@ def save(
         for old in older[keep:]:
             _remove(old)
     return target
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    # torch.save reports a failed write by a position in its archive; the system's reason is better.
+    reason: list[OSError] = []
+    with path.open("wb") as file:
+
+        def write(content: Any) -> int:
+            try:
+                return file.write(content)
+            except OSError as error:
+                reason.append(error)
+                raise
+
+        try:
+            torch.save(state, SimpleNamespace(write=write, flush=file.flush))  # type: ignore[arg-type]
+        except RuntimeError:
+            if reason:
+                raise reason[0] from None
+            raise
 
 
 @contextlib.contextmanager
@@ -282,14 +302,13 @@ def _write_json(path: Path, value: Any) -> None:
 def write_json_atomically(path: Path, value: Any) -> None:
     """Write a JSON file that is there whole or not at all, also after a power cut."""
     unfinished = path.with_name(_UNFINISHED + path.name)
-    with writing(path):
-        try:
-            _write_json(unfinished, value)
-            _sync(unfinished)
-            unfinished.replace(path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+    try:
+        _write_json(unfinished, value)
+        _sync(unfinished)
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -38,9 +38,11 @@ class ConfigError(ValueError):
 
 def _whole(_: Any, tokens: Any) -> int:
     # cyclopts would round 2.5 steps to 2 without a word.
-    if not re.fullmatch(r"[+-]?\d+", tokens[0].value.strip()):
-        raise ValueError(f"{tokens[0].value!r} is not a whole number")
-    return int(tokens[0].value)
+    word, source = tokens[0].value, tokens[0].source
+    if not re.fullmatch(r"[+-]?\d+", word.strip()):
+        at = "" if source == "cli" else f" from {source}"
+        raise ValueError(f"{word!r}{at} is not a whole number (int)")
+    return int(word)
 
 
 Int = Annotated[int, Parameter(converter=_whole)]

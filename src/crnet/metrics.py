@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from crnet.checkpoint import writing
 from crnet.config import ConfigError
 
 Row = dict[str, Any]
@@ -37,21 +36,19 @@ class Metrics:
         kept = [] if upto_step is None else [r for r in read(self.path) if r["step"] <= upto_step]
         replacement = self.path.with_suffix(".unfinished")
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        with writing(self.path):
-            try:
-                replacement.write_text(text, encoding="utf-8")
-                replacement.replace(self.path)
-            except OSError:
-                replacement.unlink(missing_ok=True)
-                raise
-            self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        try:
+            replacement.write_text(text, encoding="utf-8")
+            replacement.replace(self.path)
+        except OSError:
+            replacement.unlink(missing_ok=True)
+            raise
+        self._file: IO[str] = self.path.open("a", encoding="utf-8")
         self._board = _board(run_dir, upto_step) if tensorboard else None
 
     def write(self, row: Row) -> None:
         """Append one row."""
-        with writing(self.path):
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
         if self._board is not None:
             for key, value in row.items():
                 if key != "step":
@@ -59,9 +56,8 @@ class Metrics:
 
     def sync(self) -> None:
         """Bring every row to the disk."""
-        with writing(self.path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what could not be written was reported by write
@@ -124,6 +120,5 @@ def plot_losses(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
         axes.legend()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fonts of the user's machine
-        with writing(path):
-            figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -105,30 +105,26 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
         for block in model.model.layers:
             block.compile()
 
-    try:
+    with checkpoint.writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{run_dir}: cannot be made ({error.strerror}); choose another --out"
-        ) from error
-    write_manifest(run_dir, config, prepared, hashes, device, at.step)
-    log = metrics.Metrics(
-        run_dir, upto_step=at.step if saved else None, tensorboard=config.train.tensorboard
-    )
-    loop = _Loop(
-        config,
-        run_dir,
-        model,
-        optimizer,
-        rows,
-        validation,
-        log,
-        hashes,
-        device,
-        saved.folder if saved else None,
-    )
-    with contextlib.closing(log), _signals() as stop:
-        return loop.run(at, prepared.tokenizer(), stop, progress)
+        write_manifest(run_dir, config, prepared, hashes, device, at.step)
+        log = metrics.Metrics(
+            run_dir, upto_step=at.step if saved else None, tensorboard=config.train.tensorboard
+        )
+        loop = _Loop(
+            config,
+            run_dir,
+            model,
+            optimizer,
+            rows,
+            validation,
+            log,
+            hashes,
+            device,
+            saved.folder if saved else None,
+        )
+        with contextlib.closing(log), _signals() as stop:
+            return loop.run(at, prepared.tokenizer(), stop, progress)
 
 
 def resolve(config: RunConfig, prepared: data.Prepared) -> RunConfig:
