@@ -271,7 +271,7 @@ def test_optimizer_declares_itself(optimizer: str):
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="no optimizer is named 'adamv'; known: "):
+    with pytest.raises(ValueError, match="has no 'adamv'; known: "):
         optimizers.get("adamv")
 
 

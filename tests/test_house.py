@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "crnet"
 
 # A module may import from its own layer's entries to the left of it and from lower layers only.
 LAYERS = [
+    ["registry"],
     ["config", "presets", "linears", "optimizers"],
     ["kernels"],
     ["model"],

@@ -165,7 +165,7 @@ def test_slots_of_another_depth(linear: str, rank: str):
 
 
 def test_unknown_parameterization():
-    with pytest.raises(ValueError, match=r"no parameterization is named 'crnett'; known: .*crnet"):
+    with pytest.raises(ValueError, match=r"has no 'crnett'; known: .*crnet"):
         linears.get("crnett")
 
 
@@ -298,7 +298,7 @@ def test_shapes_and_initial_beta():
 
 
 def test_fixed_beta_gets_no_gradient_and_no_group():
-    model = build(tiny(crnet=CRNetOptions(learnable_beta=False)), seed=0)
+    model = build(tiny(crnet=CRNetOptions(learnable_beta=False, beta_init=0.5)), seed=0)
     loss, _ = model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))
     loss.backward()
     betas = {n: p for n, p in model.named_parameters() if n.endswith(".beta")}

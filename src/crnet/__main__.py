@@ -431,6 +431,9 @@ def main(argv: list[str] | None = None) -> None:
         for problem in error.problems:
             print(f"crnet: {problem}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader has seen enough (crnet list | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         print("crnet: interrupted", file=sys.stderr)
         sys.exit(130)

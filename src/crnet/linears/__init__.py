@@ -1,23 +1,22 @@
 """The seam between the model and the parameterizations of its linear maps.
 
 One sub-package is one parameterization. Its ``__init__`` declares it (what it is called, which
-slots are low rank, what it costs) and imports no torch; its ``module.py`` computes. ``METHOD`` in
-the declaration is the whole interface: nothing above this folder names a parameterization.
+slots are low rank, what it costs) and imports no torch; its ``module.py`` computes. What its
+``METHODS`` lists is the whole interface: nothing above this folder names a parameterization.
 
 A slot's module is called as ``module(x_BTD, carry)``. ``carry`` is an earlier block's output of the
-same position, or None: ``METHOD.carry`` says which (``below``, ``first`` or ``none``), and a
+same position, or None: ``Method.carry`` says which (``below``, ``first`` or ``none``), and a
 parameterization that says ``none`` costs no memory for it.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from crnet.registry import discover, find
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,28 +80,14 @@ class Method(Protocol):
         ...
 
 
-@functools.cache
-def _registry() -> dict[str, Method]:
-    found: dict[str, Method] = {}
-    for info in pkgutil.iter_modules(__path__):
-        method: Method = importlib.import_module(f"{__name__}.{info.name}").METHOD
-        if method.name in found:
-            raise RuntimeError(f"two parameterizations are named {method.name!r}")
-        found[method.name] = method
-    return found
-
-
 def names() -> list[str]:
     """Every parameterization, sorted."""
-    return sorted(_registry())
+    return sorted(discover(__name__))
 
 
 def get(name: str) -> Method:
     """The parameterization of that name. Raises ``ValueError`` if there is none."""
-    try:
-        return _registry()[name]
-    except KeyError:
-        raise ValueError(f"no parameterization is named {name!r}; known: {names()}") from None
+    return find(__name__, name)
 
 
 def slot_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -6,12 +6,11 @@ torch until they are asked to build, so that listing and costing them costs noth
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from crnet.registry import discover, find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,25 +46,11 @@ class Method(Protocol):
         ...
 
 
-@functools.cache
-def _registry() -> dict[str, Method]:
-    found: dict[str, Method] = {}
-    for info in pkgutil.iter_modules(__path__):
-        for method in importlib.import_module(f"{__name__}.{info.name}").METHODS:
-            if method.name in found:
-                raise RuntimeError(f"two optimizers are named {method.name!r}")
-            found[method.name] = method
-    return found
-
-
 def names() -> list[str]:
     """Every optimizer, sorted."""
-    return sorted(_registry())
+    return sorted(discover(__name__))
 
 
 def get(name: str) -> Method:
     """The optimizer of that name. Raises ``ValueError`` if there is none."""
-    try:
-        return _registry()[name]
-    except KeyError:
-        raise ValueError(f"no optimizer is named {name!r}; known: {names()}") from None
+    return find(__name__, name)

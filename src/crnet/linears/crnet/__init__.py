@@ -100,4 +100,4 @@ class CRNet:
         return CRNetLinear(slot, options, init_std)
 
 
-METHOD = CRNet()
+METHODS = [CRNet()]

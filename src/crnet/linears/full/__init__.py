@@ -32,4 +32,4 @@ class Full:
         return FullLinear(slot, init_std)
 
 
-METHOD = Full()
+METHODS = [Full()]

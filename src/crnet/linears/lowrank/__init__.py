@@ -55,4 +55,4 @@ class LowRank:
         return LowRankLinear(slot, options.init, init_std)
 
 
-METHOD = LowRank()
+METHODS = [LowRank()]
