@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -553,6 +554,10 @@ def test_tensorboard_has_every_figure(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, by its version
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler on the CPU",
+)
 def test_compile_gives_the_same_losses(corpus: Path, tmp_path: Path) -> None:
     for name, compiled in (("eager", False), ("compiled", True)):
         run(tiny(corpus, train={"steps": 4, "compile": compiled}), tmp_path / name)

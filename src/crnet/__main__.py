@@ -32,6 +32,7 @@ from crnet.config import (
     RunConfig,
     Sampling,
     TrainConfig,
+    check,
     check_sampling,
     from_dict,
     read_json,
@@ -84,8 +85,6 @@ def train(
     as_json
         Print the result as JSON.
     """
-    from crnet import train as training
-
     if resume:
         run_dir = out or _newest_run()
         begun = os.path.exists(run_dir / "run.json")  # if not, training says so
@@ -94,6 +93,10 @@ def train(
         preset = preset or DEFAULT_PRESET
         run_dir = out or _new_run(f"{preset}-{model.linear}")
     run_config = RunConfig(preset=preset, model=model, data=data, optimizer=optimizer, train=train)
+    check(run_config)  # before torch is imported: a slip is answered at once
+
+    from crnet import train as training
+
     result = training.run(run_config, run_dir, resume=resume)
     figures: dict[str, Any] = {
         "run": str(result.run_dir),
@@ -130,10 +133,10 @@ def prepare(
     as_json
         Print the description as JSON.
     """
-    from crnet.config import check
+    check(RunConfig(data=data))
+
     from crnet.data import prepare as prepare_data
 
-    check(RunConfig(data=data))
     prepared = prepare_data(data)
     meta = read_json(prepared.folder / "meta.json")
     if as_json:
@@ -169,7 +172,6 @@ def evaluate(
     """
     from crnet import checkpoint as checkpoints
     from crnet import evaluate as evaluation
-    from crnet.config import check
     from crnet.data import Rows
     from crnet.data import prepare as prepare_data
     from crnet.train import pick_device

@@ -401,21 +401,22 @@ def _rank_problems(model: ModelConfig) -> list[str]:
         slots = linears.slots(model)
     except ValueError as error:
         return [str(error)]
-    problems = linears.get(model.linear).problems(getattr(model, model.linear, None))
-    by_position: dict[tuple[str, int, int], list[int]] = {}
+    method = linears.get(model.linear)
+    problems = method.problems(getattr(model, model.linear, None))
+    too_large: dict[tuple[bool, int, int], list[linears.Slot]] = {}
     for slot in slots:
         limit = min(slot.in_size, slot.out_size)
-        if slot.rank > limit and slot.layer_idx < linears.get(model.linear).first_ranked_layer_idx:
-            first = f"--model.{model.linear}.first-rank is {slot.rank}, above the smaller width of "
-            first += f"{slot.position}, {limit}; take {min(s.in_size for s in slots)} or less"
-            problems += [] if problems else [first]
-        elif slot.rank > limit:
-            by_position.setdefault((slot.position, slot.rank, limit), []).append(slot.layer_idx + 1)
-    for (position, rank, limit), blocks in by_position.items():
+        if slot.rank > limit:
+            scheduled = slot.layer_idx >= method.first_ranked_layer_idx
+            too_large.setdefault((scheduled, slot.rank, limit), []).append(slot)
+    for (scheduled, rank, limit), where in too_large.items():
+        flag = f"--model.rank {model.rank}" if scheduled else f"--model.{model.linear}.first-rank"
+        positions = ", ".join(dict.fromkeys(slot.position for slot in where))
+        blocks = sorted({slot.layer_idx + 1 for slot in where})
         span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}..{blocks[-1]}"
         problems.append(
-            f"--model.rank {model.rank} gives rank {rank} to {position} in block {span}, above the "
-            f"smaller width of that map, {limit}; take {limit} or less"
+            f"{flag} gives rank {rank} to {positions} in block {span}, above the smaller width "
+            f"there, {limit}; take {limit} or less"
         )
     return problems
 
