@@ -38,7 +38,7 @@ lint: $(VENV)/dev.stamp  ## ruff: style and format
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/dev.stamp  ## pyright on src
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint types test  ## what continuous integration runs
 
