@@ -445,7 +445,7 @@ def test_a_file_reaches_the_section_train(
 
 
 def test_a_file_over_a_preset(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"model": {"hidden_size": 768}}')
+    (tmp_path / "a.json").write_text('{"model": {"hidden_size": 768, "rank": "0.25h"}}')
     found = settings("llama-60m", "--config", "a.json")
     assert (found.model.hidden_size, found.model.num_layers) == (768, 8)
     assert found.train == presets.get("llama-60m").train

@@ -266,7 +266,11 @@ BAD: list[tuple[dict[str, dict[str, Any]], str, str]] = [
     ({"model": {"rank": "0"}}, "rank of 0", "1 or more"),
     ({"model": {"rank": "aligned-memory"}}, "aligned-memory", "give numbers"),
     ({"model": {"crnet": {"first_rank": 0}}}, "--model.crnet.first-rank is 0", "1 or more"),
-    ({"model": {"crnet": {"first_rank": 500}}}, "--model.crnet.first-rank is 500", "192 or less"),
+    (
+        {"model": {"crnet": {"first_rank": 500}}},
+        "--model.crnet.first-rank gives rank 500",
+        "192 or less",
+    ),
     ({"model": {"crnet": {"lr_factor": 0.0}}}, "--model.crnet.lr-factor is 0.0", "above zero"),
     ({"data": {"source": ()}}, "--data.source is empty", "name a corpus"),
     ({"data": {"validation_frac": 0.0}}, "--data.validation-frac is 0.0", "(0, 1)"),
@@ -347,8 +351,8 @@ def test_check_names_a_bad_rank_beside_other_problems() -> None:
 def test_check_names_every_position_and_block_of_a_bad_rank() -> None:
     config = override(BASE, model={"rank": "8x6,600", "num_kv_heads": 2})
     told = "\n".join(problems_of(config))
-    for position, limit in (("q", 192), ("k", 64), ("o", 192), ("gate", 192), ("down", 192)):
-        assert f"to {position} in block 8, above the smaller width of that map, {limit}" in told
+    for positions, limit in (("q, o, gate, up, down", 192), ("k, v", 64)):
+        assert f"to {positions} in block 8, above the smaller width there, {limit};" in told
 
 
 @pytest.mark.parametrize("linear", linears.names())

@@ -584,10 +584,10 @@ def test_training_after_evaluation(mode):
 def test_bf16_mixed(config: ModelConfig):
     """Autocast: loss and all gradients fp32 and finite, near the fp32 ones.
 
-    Loss 1%, the norm of the whole gradient's error 6%: bf16's 2^-9 through some thirty products
+    Loss 1%, the norm of the whole gradient's error 3%: bf16's 2^-9 through some thirty products
     in a row. One beta's gradient is a sum that may cancel, and no tolerance of its own would hold.
     """
-    model = build(dataclasses.replace(config, init_std=0.2), seed=0)
+    model = build(dataclasses.replace(config, init_std=0.1), seed=0)
     tokens, targets = random_tokens(2, 9), random_tokens(2, 9, seed=9)
     expected, _ = model(tokens, targets)
     expected.backward()
@@ -606,13 +606,13 @@ def test_bf16_mixed(config: ModelConfig):
     flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     expected_flat = torch.cat([grad.flatten() for grad in grads.values() if grad is not None])
     assert flat.shape == expected_flat.shape
-    assert float((flat - expected_flat).norm() / expected_flat.norm()) < 0.06
+    assert float((flat - expected_flat).norm() / expected_flat.norm()) < 0.03
 
 
 @each_shape
 def test_bf16(config: ModelConfig):
     """Everything bf16: gradients finite and bf16, the loss fp32 and within 2% of the fp32 one."""
-    model = build(dataclasses.replace(config, init_std=0.2), seed=0)
+    model = build(dataclasses.replace(config, init_std=0.1), seed=0)
     tokens, targets = random_tokens(2, 9), random_tokens(2, 9, seed=9)
     expected, _ = model(tokens, targets)
     loss, _ = model.to(torch.bfloat16)(tokens, targets)
