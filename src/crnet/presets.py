@@ -46,10 +46,7 @@ def _published(
 
 
 PRESETS: dict[str, tuple[str, RunConfig]] = {
-    "tiny": (
-        "3.5M-parameter blocks for a laptop; the default",
-        RunConfig(data=DataConfig(validation_tokens=65_536)),
-    ),
+    "tiny": ("3.5M-parameter blocks for a laptop; the default", RunConfig()),
     "llama-60m": ("table 9, 60M", _published("llama-60m", 512, 1376, 8, 8, 10_000, 5e-3)),
     "llama-130m": ("table 9, 130M", _published("llama-130m", 768, 2048, 12, 12, 20_000, 5e-3)),
     "llama-350m": ("table 9, 350M", _published("llama-350m", 1024, 2736, 16, 24, 60_000, 5e-3)),
