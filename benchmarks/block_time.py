@@ -33,8 +33,8 @@ SIDES = ("full", "crnet", "plain", "lowrank")
 
 
 def side_config(side: str, base: ModelConfig) -> ModelConfig:
-    """The shape of one side; low rank has CR-Net's ranks and, like it, a full-rank first block's
-    worth of FLOPs is not given to it: all its blocks are low rank, block 1 with block 2's rank."""
+    """The shape of one side. Low rank has CR-Net's ranks, and in block 1 that of block 2: it is low
+    rank throughout, so its FLOPs are fewer than CR-Net's."""
     if side == "lowrank":
         ranks = [slot.rank for slot in linears.slots(base) if slot.position == "q"][1:]
         return dataclasses.replace(

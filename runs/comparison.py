@@ -12,12 +12,10 @@ is not run again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
 import time
-from pathlib import Path
 
 import sweep
 import torch
@@ -62,12 +60,7 @@ def words(linear: str, rank: int, lr: float, steps: int, seed: int) -> list[str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--abstracts", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=2)
-    given = parser.parse_args()
-    corpus = sweep.abstracts(given.abstracts, given.out)
+    given, corpus = sweep.begin(__doc__)
     ranks = {"crnet": CRNET_RANK, "full": 1, "lowrank": lowrank_rank()}
 
     grid = sweep.run_all(

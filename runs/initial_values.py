@@ -8,10 +8,8 @@ differ. Writes OUT/initial_values.json and prints the table for LOG.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-from pathlib import Path
 
 import sweep
 
@@ -32,15 +30,15 @@ COMMON = (
 ).split()
 
 
+def run_name(candidate: str, seed: int) -> str:
+    """The folder of one run."""
+    return f"{candidate.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--abstracts", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=2)
-    given = parser.parse_args()
-    corpus = sweep.abstracts(given.abstracts, given.out)
+    given, corpus = sweep.begin(__doc__)
     specs = {
-        f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}": [
+        run_name(name, seed): [
             *COMMON, *corpus, *words.split(), "--train.seed", str(seed),
         ]
         for name, words in CANDIDATES.items()
@@ -51,8 +49,7 @@ def main() -> None:
     print("| initial values | perplexity by seed | mean | beta after: least, median, most |")
     print("|---|---|---|---|")
     for name in CANDIDATES:
-        stem = name.replace(", ", "-").replace(" ", "-")
-        rows = [found[f"{stem}-seed{seed}"] for seed in SEEDS]
+        rows = [found[run_name(name, seed)] for seed in SEEDS]
         if any("failed" in row for row in rows):
             print(f"| {name} | failed | | |")
             continue

@@ -6,6 +6,7 @@ checkpoint, so a sweep can be stopped and started at will.
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
 import subprocess
@@ -67,6 +68,16 @@ def beta_range(weights: Path) -> list[float] | None:
     with safe_open(weights, framework="pt") as file:
         betas = sorted(float(file.get_tensor(n)) for n in file.keys() if n.endswith(".beta"))  # noqa: SIM118
     return [betas[0], betas[len(betas) // 2], betas[-1]] if betas else None
+
+
+def begin(description: str | None) -> tuple[argparse.Namespace, list[str]]:
+    """Read a script's command line; return it and the words that name the corpus."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--abstracts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    return given, abstracts(given.abstracts, given.out)
 
 
 def abstracts(folder: Path, out: Path) -> list[str]:

@@ -398,7 +398,7 @@ def test_leftovers_are_ignored_and_replaced(corpus: Path, copy: Path, reference:
     (root / ".unfinished-step_12" / WEIGHTS).write_bytes(b"half")
     (root / ".unfinished-step_12" / "stray").write_bytes(b"half")
     (copy / ".unfinished-run.json").write_text("{")
-    (copy / "metrics.unfinished").write_text("{")
+    (copy / ".unfinished-metrics.jsonl").write_text("{")
     assert [path.name for path in checkpoint.found(copy)] == ["step_8"]
     assert run(tiny(corpus), copy, resume=True).finished
     assert_same_run(copy, reference)

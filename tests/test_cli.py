@@ -971,3 +971,16 @@ def test_demo(tmp_path: Path) -> None:
     assert Path(figures["picture"]).read_bytes().startswith(b"\x89PNG")
     for linear, row in figures["rows"].items():
         assert rows_of(tmp_path / "demo" / linear)[-1]["val_perplexity"] == row["perplexity_after"]
+
+
+def test_evaluate_proves_the_checkpoint_whole_once(
+    trained: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each proof reads and hashes all of it; a damaged one would be warned of twice."""
+    proofs = []
+    load = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda folder: proofs.append(folder) or load(folder))
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(trained[0]), "--json"])
+    assert ended.value.code == 0
+    assert len(proofs) == 1

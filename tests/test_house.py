@@ -111,7 +111,9 @@ def test_the_readme_shows_commands():
 @pytest.mark.parametrize("command", commands())
 def test_commands_of_the_readme_parse(command):
     """Every flag exists and every value has the right type; nothing is run."""
-    app.parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
+    words = shlex.split(command)[1:]
+    function, _, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    assert function is app[words[0]].default_command
 
 
 def test_make_targets_of_the_readme_exist():

@@ -20,16 +20,7 @@ from crnet.linears.full.module import FullLinear
 from crnet.linears.lowrank import LowRankOptions
 from crnet.linears.lowrank.module import LowRankLinear, init_factors
 from crnet.model import LanguageModel, build
-
-TINY = ModelConfig(
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    vocab_size=31,
-    rank="4",
-)
+from shapes import TINY
 
 
 def tiny(**changes: object) -> ModelConfig:

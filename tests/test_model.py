@@ -19,16 +19,8 @@ from crnet.linears import POSITIONS
 from crnet.linears.crnet import CRNetOptions
 from crnet.linears.lowrank import LowRankOptions
 from crnet.model import LanguageModel, attention, build
+from shapes import TINY
 
-TINY = ModelConfig(
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    vocab_size=31,
-    rank="4",
-)
 FP64 = 1e-12
 """Sums of at most 100 items in another order, through three blocks and back."""
 

@@ -8,6 +8,7 @@ Nothing heavy is imported before a command needs it.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ import time
 import tomllib
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import Parameter
@@ -32,12 +33,16 @@ from crnet.config import (
     RunConfig,
     Sampling,
     TrainConfig,
+    TrainingError,
     check,
     check_sampling,
     from_dict,
     read_json,
     to_dict,
 )
+
+if TYPE_CHECKING:
+    from crnet.checkpoint import Checkpoint
 
 RUNS = Path("crnet-runs")
 """Where runs go that were given no ``--out``."""
@@ -170,14 +175,13 @@ def evaluate(
     device
         cpu, cuda, ...; auto: the GPU where there is one.
     """
-    from crnet import checkpoint as checkpoints
     from crnet import evaluate as evaluation
-    from crnet.data import Rows
+    from crnet.data import Rows, validation_hash
     from crnet.data import prepare as prepare_data
     from crnet.train import pick_device
 
     check(RunConfig(data=data))
-    saved = checkpoints.resolve(checkpoint)
+    saved = _checkpoint(checkpoint)
     prepared = prepare_data(data)
     if prepared.tokenizer_hash != saved.extra["tokenizer"]:
         raise ConfigError(
@@ -193,7 +197,7 @@ def evaluate(
         "val_loss": found.loss,
         "val_perplexity": found.perplexity,
         "val_tokens": found.tokens,
-        "validation_hash": evaluation.validation_hash(rows, data.validation_tokens),
+        "validation_hash": validation_hash(rows, data.validation_tokens),
     }
     if as_json:
         print(json.dumps(figures, indent=1))
@@ -227,12 +231,11 @@ def generate(
     as_json
         Print prompt, text and speed as JSON.
     """
-    from crnet import checkpoint as checkpoints
     from crnet import generate as generation
     from crnet.train import pick_device
 
     check_sampling(sampling)
-    saved = checkpoints.resolve(checkpoint)
+    saved = _checkpoint(checkpoint)
     model = saved.model(pick_device(device))
     if not as_json:
         print(prompt, end="", flush=True)
@@ -398,11 +401,18 @@ def _layers(command: str, arguments: dict[str, Any]) -> tuple[Dict, ...]:
             base = to_dict(presets.get(arguments.get("preset") or DEFAULT_PRESET))
         base.pop("preset", None)
     elif command == "evaluate" and "checkpoint" in arguments:
-        from crnet.checkpoint import resolve
-
-        base = {"data": to_dict(resolve(arguments["checkpoint"]).config.data)}
+        base = {"data": to_dict(_checkpoint(arguments["checkpoint"]).config.data)}
     # Under the command's name: cyclopts drops a section that is named like a command (train).
     return tuple(Dict({command: values}, source=at) for at, values in [*files, ("preset", base)])
+
+
+@functools.cache
+def _checkpoint(path: Path) -> Checkpoint:
+    # Once a command: it is wanted for its settings and for its weights, and each proof that it is
+    # whole reads all of it.
+    from crnet.checkpoint import resolve
+
+    return resolve(path)
 
 
 def _run_config(run_dir: Path) -> RunConfig:
@@ -420,6 +430,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     try:
         app.config = ()
+        _checkpoint.cache_clear()
         command = words[0] if words else ""
         for word in words:
             if word.partition("=")[0] in [f"--{section}" for section in SECTIONS]:
@@ -439,9 +450,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("crnet: interrupted", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingError":
-            raise
+    except TrainingError as error:
         print(f"crnet: {error}", file=sys.stderr)
         sys.exit(1)
 

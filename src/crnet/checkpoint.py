@@ -126,11 +126,8 @@ def save(
         for leftover in root.glob(f"{_UNFINISHED}*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir()
-        names = {id(p): name for name, p in reversed(list(model.named_parameters()))}
-        weights = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in model.named_parameters()
-            if names[id(tensor)] == name
+        weights = {  # a tied head is listed once, as the embedding
+            name: tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()
         }
         safetensors.torch.save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
         _save_state(state, unfinished / STATE)
@@ -299,11 +296,11 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def write_json_atomically(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all, also after a power cut."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all, also after a power cut."""
     unfinished = path.with_name(_UNFINISHED + path.name)
     try:
-        _write_json(unfinished, value)
+        unfinished.write_text(text, encoding="utf-8")
         _sync(unfinished)
         unfinished.replace(path)
     except OSError:

@@ -36,6 +36,10 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss or a gradient is no longer a finite number."""
+
+
 def _whole(_: Any, tokens: Any) -> int:
     # cyclopts would round 2.5 steps to 2 without a word.
     word, source = tokens[0].value, tokens[0].source
@@ -355,6 +359,24 @@ def check(config: RunConfig) -> None:
         "(256 bytes and end-of-text)",
     )
 
+    problems += _head_problems(model)
+    if train.batch_size > 0 and train.micro_batch_size and train.micro_batch_size > 0:
+        want(
+            train.batch_size % train.micro_batch_size == 0,
+            f"--train.batch-size {train.batch_size} is not divided by --train.micro-batch-size "
+            f"{train.micro_batch_size}",
+        )
+
+    problems += _name_problems(model, optimizer)
+    shaped = not any(problem.startswith("--model.") for problem in problems)
+    if shaped:
+        problems += _rank_problems(model)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _head_problems(model: ModelConfig) -> list[str]:
+    problems: list[str] = []
     heads_ok = model.num_heads > 0 and model.hidden_size > 0
     if heads_ok and model.hidden_size % model.num_heads:
         divisors = [n for n in range(1, model.hidden_size + 1) if model.hidden_size % n == 0]
@@ -374,13 +396,11 @@ def check(config: RunConfig) -> None:
         problems.append(
             f"--model.num-heads {model.num_heads} is not divided by --model.num-kv-heads {kv_heads}"
         )
-    if train.batch_size > 0 and train.micro_batch_size and train.micro_batch_size > 0:
-        want(
-            train.batch_size % train.micro_batch_size == 0,
-            f"--train.batch-size {train.batch_size} is not divided by --train.micro-batch-size "
-            f"{train.micro_batch_size}",
-        )
+    return problems
 
+
+def _name_problems(model: ModelConfig, optimizer: OptimizerConfig) -> list[str]:
+    problems: list[str] = []
     for flag, name, known in (
         ("--model.linear", model.linear, linears.names()),
         ("--optimizer.name", optimizer.name, optimizers.names()),
@@ -389,11 +409,7 @@ def check(config: RunConfig) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             problems.append(f"{flag} is {name!r}; known are {', '.join(known)}{hint}")
-    shaped = not any(problem.startswith("--model.") for problem in problems)
-    if shaped:
-        problems += _rank_problems(model)
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 def _rank_problems(model: ModelConfig) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crnet.data import Rows, validation_batches, validation_hash
+from crnet.data import Rows, validation_batches
 from crnet.model import LanguageModel
 
 TOKENS_AT_ONCE = 8192
@@ -74,6 +74,3 @@ def evaluate_unless(
             num_tokens += int(count.item())
     model.train(was_training)
     return Evaluation(loss=loss_sum / num_tokens, tokens=num_tokens) if complete else None
-
-
-__all__ = ["Evaluation", "evaluate", "evaluate_unless", "validation_hash"]

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from crnet.checkpoint import write_atomically
 from crnet.config import ConfigError
 
 Row = dict[str, Any]
@@ -34,14 +35,7 @@ class Metrics:
         """
         self.path = run_dir / "metrics.jsonl"
         kept = [] if upto_step is None else [r for r in read(self.path) if r["step"] <= upto_step]
-        replacement = self.path.with_suffix(".unfinished")
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        try:
-            replacement.write_text(text, encoding="utf-8")
-            replacement.replace(self.path)
-        except OSError:
-            replacement.unlink(missing_ok=True)
-            raise
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file: IO[str] = self.path.open("a", encoding="utf-8")
         self._board = _board(run_dir, upto_step) if tensorboard else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import platform
@@ -23,14 +24,10 @@ from tqdm import tqdm
 import crnet
 from crnet import checkpoint, data, metrics, optimizers
 from crnet.checkpoint import Progress
-from crnet.config import ConfigError, RunConfig, check, read_json, to_dict
+from crnet.config import ConfigError, RunConfig, TrainingError, check, read_json, to_dict
 from crnet.evaluate import Evaluation, evaluate_unless
 from crnet.linears import num_parameters
 from crnet.model import LanguageModel, build
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: a loss or a gradient is no longer a finite number."""
 
 
 @dataclass(frozen=True)
@@ -171,33 +168,23 @@ def learning_rate(step: int, config: RunConfig) -> float:
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+@dataclass
 class _Loop:
     """The state of one run and its step; ``run`` is the loop."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        run_dir: Path,
-        model: LanguageModel,
-        optimizer: torch.optim.Optimizer,
-        rows: data.Rows,
-        validation: data.Rows,
-        log: metrics.Metrics,
-        hashes: dict[str, str],
-        device: torch.device,
-        last_checkpoint: Path | None,
-    ):
-        self.config = config
-        self.run_dir = run_dir
-        self.model = model
-        self.optimizer = optimizer
-        self.rows = rows
-        self.validation = validation
-        self.log = log
-        self.hashes = hashes
-        self.device = device
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.last_checkpoint = last_checkpoint
+    config: RunConfig
+    run_dir: Path
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    rows: data.Rows
+    validation: data.Rows
+    log: metrics.Metrics
+    hashes: dict[str, str]
+    device: torch.device
+    last_checkpoint: Path | None
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def run(self, at: Progress, tokenizer: Any, stop: _Stop, show: bool) -> Result:
         train = self.config.train
@@ -478,7 +465,7 @@ def write_manifest(
         },
         "earlier_starts": earlier,
     }
-    checkpoint.write_json_atomically(path, manifest)
+    checkpoint.write_atomically(path, json.dumps(manifest, indent=1) + "\n")
 
 
 def describe_code() -> dict[str, Any]:
