@@ -20,7 +20,9 @@ SOURCE = ROOT / "src" / "crnet"
 LAYERS = [
     ["registry"],
     ["config", "presets", "linears", "optimizers"],
+    ["cost"],
     ["kernels"],
+    ["recompute"],
     ["model"],
     ["corpus", "tokenizer", "data"],
     ["measure", "metrics", "generate", "evaluate", "checkpoint"],

@@ -160,6 +160,19 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the data."""
     precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
     """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: everything bf16."""
+    recompute: Literal["none", "block", "invert", "replay", "auto"] = "none"
+    """What the backward pass computes again instead of keeping it. none; block: whole blocks;
+    replay: maps' outputs, upwards from kept ones, exact to the bit; invert: the same downwards (the
+    paper's algorithm 1), not exact; auto: the fastest that fits the budget."""
+    recompute_layers: str | None = None
+    """Blocks, from 1, whose outputs replay and invert keep: 4,8,12 or every-8; none: those of the
+    least peak (replay), every 8th (invert)."""
+    recompute_attention: Literal["rerun", "keep"] = "rerun"
+    """replay and invert: run attention again, or keep its output."""
+    invert_tolerance: float = 0.05
+    """invert keeps more blocks' outputs where the bound of the relative error would pass this."""
+    activation_budget_gib: float | None = None
+    """auto: most memory for activations and their gradients, in GiB."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
     device: str = "auto"
@@ -330,7 +343,7 @@ def check(config: RunConfig) -> None:
     positive(data, "data", "validation_tokens", "vocab_size", "sequence_length", "max_documents")
     positive(optimizer, "optimizer", "lr", "eps")
     positive(train, "train", "steps", "batch_size", "micro_batch_size", "threads")
-    positive(train, "train", "log_every_steps")
+    positive(train, "train", "log_every_steps", "invert_tolerance", "activation_budget_gib")
     for key in ("eval_every_steps", "save_every_steps", "keep_checkpoints", "seed"):
         flag, value = f"--train.{key.replace('_', '-')}", getattr(train, key)
         want(value >= 0, f"{flag} is {value}; it must be zero or more")
@@ -371,6 +384,7 @@ def check(config: RunConfig) -> None:
     shaped = not any(problem.startswith("--model.") for problem in problems)
     if shaped:
         problems += _rank_problems(model)
+        problems += _recompute_problems(model, train)
     if problems:
         raise ConfigError(problems)
 
@@ -435,6 +449,70 @@ def _rank_problems(model: ModelConfig) -> list[str]:
             f"there, {limit}; take {limit} or less"
         )
     return problems
+
+
+def _recompute_problems(model: ModelConfig, train: TrainConfig) -> list[str]:
+    policy = train.recompute
+    problems = []
+    if policy == "auto" and train.activation_budget_gib is None:
+        problems.append("--train.recompute auto needs --train.activation-budget-gib, for example 8")
+    if policy != "auto" and train.activation_budget_gib is not None:
+        problems.append(
+            f"--train.activation-budget-gib has no effect with --train.recompute {policy}; "
+            "say --train.recompute auto, or leave it out"
+        )
+    if policy not in ("invert", "replay") and train.recompute_layers is not None:
+        problems.append(
+            f"--train.recompute-layers has no effect with --train.recompute {policy}; "
+            "leave it out, or say invert or replay"
+        )
+    if policy in ("none", "block") and train.recompute_attention == "keep":
+        problems.append(
+            f"--train.recompute-attention keep has no effect with --train.recompute {policy}; "
+            "leave it out"
+        )
+    if policy == "invert" and linears.get(model.linear).carry != "below":
+        problems.append(
+            f"--train.recompute invert: the outputs of {model.linear} do not follow from those of "
+            "the block above; take replay or block"
+        )
+    if policy not in ("none", "block") and train.compile:
+        problems.append(
+            f"--train.compile with --train.recompute {policy} is not supported: a compiled block "
+            "does not come apart; leave one of them out, or take --train.recompute block"
+        )
+    if policy in ("invert", "replay"):
+        try:
+            layers = parse_layers(train.recompute_layers or "every-8", model.num_layers)
+        except ValueError as error:
+            return [*problems, str(error)]
+        if policy == "invert" and 1 in layers:
+            problems.append(
+                f"--train.recompute-layers {train.recompute_layers}: invert never keeps block 1, "
+                "which the block above leads to; leave it out"
+            )
+    return problems
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """Read a set of blocks, 1-based: ``4,8,12``, or ``every-8`` for 8, 16, ...
+
+    Raises:
+        ValueError: unreadable, or a block that the model does not have.
+    """
+    if match := re.fullmatch(r"every-([1-9]\d*)", text):
+        every = int(match[1])
+        return tuple(range(every, num_layers + 1, every))
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(
+            f"--train.recompute-layers {text!r} cannot be read; write 4,8,12 or every-8"
+        )
+    layers = tuple(sorted({int(number) for number in text.split(",")}))
+    if layers[0] < 1 or layers[-1] > num_layers:
+        raise ValueError(
+            f"--train.recompute-layers {text}: the model's blocks are 1 to {num_layers}"
+        )
+    return layers
 
 
 def check_sampling(sampling: Sampling) -> None:

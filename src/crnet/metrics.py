@@ -2,7 +2,8 @@
 
 A row is one JSON object: a training row has ``step``, ``tokens``, ``loss``, ``lr``, ``grad_norm``
 and ``tokens_per_s``; an evaluation row has ``step``, ``val_loss``, ``val_perplexity`` and
-``val_tokens``. The file is the only source of plots and reports; nothing is read back from a log.
+``val_tokens``; ``invert_also_keeps`` is what the guard of recompute invert keeps from that step on.
+The file is the only source of plots and reports; nothing is read back from a log.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Metrics:
         self._file.flush()
         if self._board is not None:
             for key, value in row.items():
-                if key != "step":
+                if key != "step" and isinstance(value, (int, float)):
                     self._board.add_scalar(key, value, row["step"])
 
     def sync(self) -> None:

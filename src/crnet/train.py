@@ -22,12 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import crnet
-from crnet import checkpoint, data, metrics, optimizers
+from crnet import checkpoint, cost, data, metrics, optimizers
 from crnet.checkpoint import Progress
 from crnet.config import ConfigError, RunConfig, TrainingError, check, read_json, to_dict
 from crnet.evaluate import Evaluation, evaluate_unless
 from crnet.linears import num_parameters
 from crnet.model import LanguageModel, build
+from crnet.recompute import Recomputation
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,16 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
         checkpoint.load_weights(model, saved.weights())
         restore(optimizer, saved.state(), device)
         at = saved.progress
+    plan = cost.plan(config)
+    if plan.policy != "none":
+        model.model.recomputation = Recomputation(plan)
     if config.train.compile:
         for block in model.model.layers:
             block.compile()
 
     with checkpoint.writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_manifest(run_dir, config, prepared, hashes, device, at.step)
+        write_manifest(run_dir, config, plan, prepared, hashes, device, at.step)
         log = metrics.Metrics(
             run_dir, upto_step=at.step if saved else None, tensorboard=config.train.tensorboard
         )
@@ -185,6 +189,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.guarded: dict[str, tuple[int, ...]] = {}
 
     def run(self, at: Progress, tokenizer: Any, stop: _Stop, show: bool) -> Result:
         train = self.config.train
@@ -211,6 +216,7 @@ class _Loop:
             loss, norm, num_tokens = self.step(micro_batches, lr, at)
             elapsed_s = time.perf_counter() - start_s
             at = Progress(at.step + 1, batches.position, at.tokens + num_tokens)
+            self.log_guard(at, bar if show else None)
             trained_tokens, trained_s = trained_tokens + num_tokens, trained_s + elapsed_s
             logged_tokens, logged_s = logged_tokens + num_tokens, logged_s + elapsed_s
             last = at.step == train.steps
@@ -276,6 +282,21 @@ class _Loop:
             group["lr"] = lr * group["lr_factor"]
         self.optimizer.step()
         return loss, grad_norm, num_tokens
+
+    def log_guard(self, at: Progress, bar: Any) -> None:
+        """Write down which outputs the guard of ``invert`` keeps, whenever they change."""
+        recomputation = self.model.model.recomputation
+        if recomputation is None or recomputation.added == self.guarded:
+            return
+        self.guarded = recomputation.added
+        self.log.write({"step": at.step, "invert_also_keeps": self.guarded})
+        if bar is not None:
+            layers = "; ".join(f"{name} of {list(its)}" for name, its in self.guarded.items())
+            bar.write(
+                f"step {at.step}: the error of invert would pass {recomputation.plan.tolerance}; "
+                f"also kept are the outputs {layers or 'of no other block'}",
+                file=sys.stderr,
+            )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(
@@ -435,6 +456,7 @@ def _check_same_run(
 def write_manifest(
     run_dir: Path,
     config: RunConfig,
+    plan: cost.Plan,
     prepared: data.Prepared,
     hashes: dict[str, str],
     device: torch.device,
@@ -458,6 +480,7 @@ def write_manifest(
         "config": to_dict(config),
         **start,
         "parameters": num_parameters(config.model),
+        "recompute": dataclasses.asdict(plan),
         "data": {
             "folder": str(prepared.folder),
             "hashes": hashes,

@@ -12,6 +12,9 @@ and besides its inputs it keeps Z = X A alone. Refused: ``addmm(beta=gain)``, th
 memory, but the gain must then be a Python number, that is, a wait for the GPU; and working through
 the rows in chunks that fit the cache, which measured no faster (LOG.md).
 
+Recomputation takes the map apart: ``expand`` is its second half, ``shrink`` undoes it, and a caller
+who knows Z and Y already gets the same node of the graph from them (``known``).
+
 Shapes: B batch, T tokens, M = B T rows, D input width, F output width, R rank.
 """
 
@@ -21,16 +24,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crnet.kernels.precision import cast
+from crnet.kernels.precision import cast, compute_dtype
+
+Known = tuple[Tensor, Tensor]
+"""(Z, Y) of a map whose forward has been computed before."""
 
 
-class _CarriedLowRank(torch.autograd.Function):
+class _LowRank(torch.autograd.Function):
+    """``(x A) B`` and, with a carry, ``gain * carry`` below it. Saves x, Z, A, B, carry, gain."""
+
     @staticmethod
-    def forward(ctx, x_MD, a_DR, b_RF, carry_MF, gain_1):
-        z_MR = x_MD @ a_DR
-        y_MF = carry_MF * gain_1
-        # Not addmm_: the same product, but torch's FLOP counter does not know it.
-        torch.addmm(y_MF, z_MR, b_RF, out=y_MF)
+    def forward(ctx, x_MD, a_DR, b_RF, carry_MF, gain_1, z_MR, y_MF):
+        if y_MF is None:
+            z_MR = x_MD @ a_DR
+            y_MF = _expand(z_MR, b_RF, carry_MF, gain_1)
         ctx.save_for_backward(x_MD, z_MR, a_DR, b_RF, carry_MF, gain_1)
         return y_MF
 
@@ -38,15 +45,16 @@ class _CarriedLowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_MF):
         x_MD, z_MR, a_DR, b_RF, carry_MF, gain_1 = ctx.saved_tensors
-        wants_x, wants_a, wants_b, wants_carry, wants_gain = ctx.needs_input_grad
+        wants_x, wants_a, wants_b, wants_carry, wants_gain = ctx.needs_input_grad[:5]
         # The elementwise passes come first, while dY is still in the cache from its producer.
         dcarry_MF = dy_MF * gain_1 if wants_carry else None
         dgain_1 = inner(dy_MF, carry_MF).to(gain_1.dtype).view(1) if wants_gain else None
+        dy_MF = dy_MF.to(x_MD.dtype)
         dz_MR = dy_MF @ b_RF.T if wants_x or wants_a else None
         db_RF = z_MR.T @ dy_MF if wants_b else None
         da_DR = x_MD.T @ dz_MR if wants_a else None
         dx_MD = dz_MR @ a_DR.T if wants_x else None
-        return dx_MD, da_DR, db_RF, dcarry_MF, dgain_1
+        return dx_MD, da_DR, db_RF, dcarry_MF, dgain_1, None, None
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
@@ -56,18 +64,38 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(dtype=torch.float32)
 
 
+def _expand(z_MR: Tensor, b_RF: Tensor, carry_MF: Tensor | None, gain_1: Tensor | None) -> Tensor:
+    if carry_MF is None or gain_1 is None:
+        return z_MR @ b_RF
+    y_MF = carry_MF * gain_1
+    if y_MF.dtype == z_MR.dtype:
+        # Not addmm_: the same product, but torch's FLOP counter does not know it.
+        return torch.addmm(y_MF, z_MR, b_RF, out=y_MF)
+    return y_MF.add_(z_MR @ b_RF)
+
+
 def carried_lowrank(
-    x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, carry_BTF: Tensor, gain_1: Tensor
+    x_BTD: Tensor,
+    a_DR: Tensor,
+    b_RF: Tensor,
+    carry_BTF: Tensor,
+    gain_1: Tensor,
+    *,
+    carry_dtype: torch.dtype | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """Return ``gain * carry + (x A) B``.
 
     Args:
         x_BTD: input of the map.
         a_DR, b_RF: the factors; cast to the compute dtype.
-        carry_BTF: the same map's output one block below.
-        gain_1: ``sign(beta) (|beta| + eps)``, shape (1,); cast to the compute dtype.
+        carry_BTF: the same map's output one block below; cast to ``carry_dtype``.
+        gain_1: ``sign(beta) (|beta| + eps)``, shape (1,); cast to ``carry_dtype``.
+        carry_dtype: of the sum and the result; None: the compute dtype (autocast's where it is on,
+            else that of ``x_BTD``).
+        known: Z and the result, where a recomputation has them: only the graph is made.
     Returns:
-        (B, T, F) in the compute dtype (autocast's where it is on, else that of ``x_BTD``).
+        (B, T, F) in ``carry_dtype``.
     Raises:
         ValueError: the widths disagree (the message gives the shapes).
     Cost: 2 M R (D + F) FLOPs forward, twice that backward; keeps Z (M R items) besides its inputs.
@@ -84,8 +112,91 @@ def carried_lowrank(
             f"the widths disagree: x {tuple(x_BTD.shape)}, A {tuple(a_DR.shape)}, "
             f"B {tuple(b_RF.shape)}, carry {tuple(carry_BTF.shape)} (wanted {wanted})"
         )
-    x, a_DR, b_RF, carry, gain_1 = cast(x_BTD, a_DR, b_RF, carry_BTF, gain_1)
-    y_MF = _CarriedLowRank.apply(
-        x.reshape(-1, x.shape[-1]), a_DR, b_RF, carry.reshape(-1, carry.shape[-1]), gain_1
-    )
+    dtype = carry_dtype or compute_dtype(x_BTD)
+    return _apply(x_BTD, a_DR, b_RF, carry_BTF.to(dtype), gain_1.to(dtype), known)
+
+
+def lowrank(x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, known: Known | None = None) -> Tensor:
+    """Return ``(x A) B``: ``carried_lowrank`` without a carry."""
+    return _apply(x_BTD, a_DR, b_RF, None, None, known)
+
+
+def _apply(x_BTD, a_DR, b_RF, carry_BTF, gain_1, known: Known | None) -> Tensor:
+    x, a_DR, b_RF = cast(x_BTD, a_DR, b_RF)
+    z_MR, y_MF = (rows(tensor) for tensor in known) if known else (None, None)
+    carry_MF = None if carry_BTF is None else rows(carry_BTF)
+    y_MF = _LowRank.apply(rows(x), a_DR, b_RF, carry_MF, gain_1, z_MR, y_MF)
     return y_MF.view(*x.shape[:-1], -1)
+
+
+def rows(x_BTD: Tensor) -> Tensor:
+    """(M, D)."""
+    return x_BTD.reshape(-1, x_BTD.shape[-1])
+
+
+def expand(
+    z_BTR: Tensor,
+    b_RF: Tensor,
+    carry_BTF: Tensor | None = None,
+    gain_1: Tensor | None = None,
+    carry_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return ``gain * carry + Z B``, the second half of a map, bit for bit as its forward has it.
+
+    Args:
+        z_BTR: ``X A`` in the compute dtype; decides the dtype of the product.
+        b_RF: cast to that dtype.
+        carry_BTF, gain_1: as in ``carried_lowrank``; without them ``Z B``.
+    Returns: (B, T, F). Differentiable by nobody: call it without gradients.
+    Cost: 2 M R F FLOPs.
+    """
+    dtype = carry_dtype or z_BTR.dtype
+    carry_MF = None if carry_BTF is None else rows(carry_BTF.to(dtype))
+    gain_1 = None if gain_1 is None else gain_1.to(dtype)
+    y_MF = _expand(rows(z_BTR), b_RF.to(z_BTR.dtype), carry_MF, gain_1)
+    return y_MF.view(*z_BTR.shape[:-1], -1)
+
+
+def shrink(y_BTF: Tensor, z_BTR: Tensor, b_RF: Tensor, gain_1: Tensor) -> Tensor:
+    """Return the output of the layer below, ``Y_{l-1} = (Y_l - Z_l B_l) / gain_l``.
+
+    Args:
+        y_BTF: ``Y_l``; its dtype is that of the arithmetic and the result. Not modified.
+        z_BTR: ``X_l A_l``, as the forward pass computed it.
+        b_RF: ``B_l``; cast to the dtype of ``z_BTR``.
+        gain_1: of layer l, not zero; cast to the dtype of ``y_BTF``.
+    Returns: (B, T, F).
+    Cost: 2 M R F FLOPs; allocates M F items.
+    Numerics: rounding grows like the product of 1/|gain| over the layers crossed; the bound is
+        ``cost.invert_error``.
+    Source: arXiv:2509.18993, eq. 7.
+    """
+    y_MF, z_MR, b_RF = rows(y_BTF), rows(z_BTR), b_RF.to(z_BTR.dtype)
+    if y_MF.dtype == z_MR.dtype:
+        carry_MF = torch.addmm(y_MF, z_MR, b_RF, alpha=-1)
+    else:
+        carry_MF = y_MF - z_MR @ b_RF
+    return carry_MF.div_(gain_1.to(y_MF.dtype)).view_as(y_BTF)
+
+
+class _Dense(torch.autograd.Function):
+    """``x W^T`` whose value is known: autograd's own backward, without the product."""
+
+    @staticmethod
+    def forward(ctx, x_MD, weight_FD, y_MF):
+        ctx.save_for_backward(x_MD, weight_FD)
+        return y_MF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_MF):
+        x_MD, weight_FD = ctx.saved_tensors
+        dx_MD = dy_MF @ weight_FD if ctx.needs_input_grad[0] else None
+        dweight_FD = dy_MF.T @ x_MD if ctx.needs_input_grad[1] else None
+        return dx_MD, dweight_FD, None
+
+
+def known_dense(x_BTD: Tensor, weight_FD: Tensor, y_BTF: Tensor) -> Tensor:
+    """``x W^T`` given its value ``y_BTF``: makes the graph alone. Keeps x."""
+    x, weight_FD = cast(x_BTD, weight_FD)
+    return _Dense.apply(rows(x), weight_FD, rows(y_BTF)).view_as(y_BTF)

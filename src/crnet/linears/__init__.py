@@ -7,6 +7,12 @@ slots are low rank, what it costs) and imports no torch; its ``module.py`` compu
 A slot's module is called as ``module(x_BTD, carry)``. ``carry`` is an earlier block's output of the
 same position, or None: ``Method.carry`` says which (``below``, ``first`` or ``none``), and a
 parameterization that says ``none`` costs no memory for it.
+
+For recomputation the module also comes apart. ``reduce(x)`` is the narrowest tensor that its output
+follows from without x (a bottleneck; for a dense map the output itself), ``expand(reduced, carry)``
+that output, bit for bit; ``recall(x, carry, (reduced, output))`` makes the node of the graph from
+what is known. A module whose carry follows from its output has ``shrink(output, reduced)`` for that
+and ``gain()``, the factor it divides by.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
 
     from crnet.config import ModelConfig
 
-POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
+POSITIONS: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,24 @@ class Method(Protocol):
         """Items of each parameter of the slot's module, by its name there."""
         ...
 
+    def matrix_items(self, slot: Slot) -> int:
+        """Items of the matrices that a row is multiplied with; each costs 2 FLOPs a row."""
+        ...
+
+    def bottleneck(self, slot: Slot) -> int:
+        """Width of what ``reduce`` returns; 0 where that is the output itself."""
+        ...
+
+    def carry_bytes(self, options: Any, compute_bytes: int) -> int:
+        """Of an item of the outputs of a slot that has a carry."""
+        ...
+
     def groups(self, slot: Slot, options: Any) -> dict[str, Group]:
         """The optimizer's treatment of each parameter of the slot's module, by its name there."""
         ...
 
     def make(self, slot: Slot, options: Any, init_std: float) -> nn.Module:
-        """The module; it has ``reset_parameters(generator)`` and ``forward(x, carry)``."""
+        """The module: ``reset_parameters(generator)``, ``forward(x, carry)`` and its halves."""
         ...
 
 

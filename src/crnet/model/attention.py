@@ -7,15 +7,30 @@ K key/value heads, H head size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from crnet.kernels.elementwise import rotate
 
-Carry = dict[str, Tensor]
-"""Position -> an earlier block's output of that map, before rotation or activation."""
+
+class Maps(Protocol):
+    """How a block carries out its linear maps and the mixing of its tokens."""
+
+    def __call__(self, position: str, x_BTD: Tensor) -> Tensor:
+        """Output of the map of that position."""
+        ...
+
+    def attend(self, mix: Mix, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+        """``mix(q, k, v)``."""
+        ...
+
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Rotated queries, keys and values -> mixed values, (B, N, T, H)."""
 
 
 class Attention(nn.Module):
@@ -31,32 +46,32 @@ class Attention(nn.Module):
         self.o_proj = linears["o"]
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope, carry: Carry, cache: LayerCache | None
+        self, x_BTD: Tensor, rope: Rope, maps: Maps, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the outputs of the maps q, k, v (before rotation) and o, each (B, T, width)."""
         batch, num_new, _ = x_BTD.shape
-        q = self.q_proj(x_BTD, carry.get("q"))
-        k = self.k_proj(x_BTD, carry.get("k"))
-        v = self.v_proj(x_BTD, carry.get("v"))
+        q, k, v = maps("q", x_BTD), maps("k", x_BTD), maps("v", x_BTD)
         head_size = q.shape[-1] // self.num_heads
-        cos, sin = rope.cos.to(q.dtype), rope.sin.to(q.dtype)
-        q_BNTH = rotate(q.view(batch, num_new, -1, head_size), cos, sin).transpose(1, 2)
-        k_BKSH = rotate(k.view(batch, num_new, -1, head_size), cos, sin).transpose(1, 2)
-        v_BKSH = v.view(batch, num_new, -1, head_size).transpose(1, 2)
+        dtype = x_BTD.dtype  # a carry of higher precision stays between the blocks
+        cos, sin = rope.cos.to(dtype), rope.sin.to(dtype)
+        q_BTNH = q.to(dtype).view(batch, num_new, -1, head_size)
+        k_BTKH = k.to(dtype).view(batch, num_new, -1, head_size)
+        q_BNTH = rotate(q_BTNH, cos, sin).transpose(1, 2)
+        k_BKSH = rotate(k_BTKH, cos, sin).transpose(1, 2)
+        v_BKSH = v.to(dtype).view(batch, num_new, -1, head_size).transpose(1, 2)
         mask = None
         if cache is not None:
             k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH)
             mask = causal_mask(num_new, k_BKSH.shape[2], q.device)
-        mixed_BNTH = nn.functional.scaled_dot_product_attention(
-            q_BNTH,
-            k_BKSH,
-            v_BKSH,
+        mix = functools.partial(
+            nn.functional.scaled_dot_product_attention,
             attn_mask=mask,
             is_causal=cache is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
+        mixed_BNTH = maps.attend(mix, q_BNTH, k_BKSH, v_BKSH)
         mixed_BTD = mixed_BNTH.transpose(1, 2).reshape(batch, num_new, -1)
-        return q, k, v, self.o_proj(mixed_BTD, carry.get("o"))
+        return q, k, v, maps("o", mixed_BTD)
 
 
 def causal_mask(num_new: int, num_seen: int, device: torch.device) -> Tensor | None:

@@ -11,16 +11,16 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from crnet import linears, optimizers
+from crnet import linears, optimizers, recompute
 from crnet.config import ModelConfig
 from crnet.kernels.elementwise import rms_norm
 from crnet.kernels.loss import IGNORED, linear_cross_entropy
-from crnet.model.attention import Attention, LayerCache, Rope, rope
+from crnet.model.attention import Attention, LayerCache, Maps, Mix, Rope, rope
 from crnet.model.feedforward import FeedForward
 
 
@@ -55,7 +55,12 @@ class Block(nn.Module):
         self.mlp = FeedForward(maps)
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope, *carry: Tensor, cache: LayerCache | None = None
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        *carry: Tensor,
+        cache: LayerCache | None = None,
+        recompute: recompute.Step | None = None,
     ) -> tuple[Tensor, ...]:
         """Return the new residual stream and the outputs of the seven maps.
 
@@ -64,18 +69,54 @@ class Block(nn.Module):
             rope: tables for these tokens.
             carry: nothing, or the seven outputs of an earlier block in the order of ``POSITIONS``.
             cache: this block's keys and values when decoding.
+            recompute: runs this block, keeping less for the backward pass.
         Source: arXiv:2509.18993, eq. 1, 2 and 6, with LLaMA's norms and residuals.
         """
-        below = dict(zip(linears.POSITIONS, carry, strict=True)) if carry else {}
-        q, k, v, o = self.self_attn(self.input_layernorm(x_BTD), rope, below, cache)
-        x_BTD = x_BTD + o
-        gate, up, down = self.mlp(self.post_attention_layernorm(x_BTD), below)
-        return x_BTD + down, q, k, v, o, gate, up, down
+        if recompute is not None:
+            return recompute(self, x_BTD, rope, carry)
+        x_BTD, outputs = self.compute(x_BTD, rope, _Direct(self, carry), cache)
+        return self.leave(x_BTD, outputs), *outputs
+
+    def compute(
+        self, x_BTD: Tensor, rope: Rope, maps: Maps, cache: LayerCache | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Everything but the last sum: the stream after attention, and the seven outputs."""
+        q, k, v, o = self.self_attn(self.input_layernorm(x_BTD), rope, maps, cache)
+        x_BTD = _add(x_BTD, o)
+        return x_BTD, (q, k, v, o, *self.mlp(self.post_attention_layernorm(x_BTD), maps))
+
+    def leave(self, x_BTD: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """The last sum: the stream that leaves the block."""
+        return _add(x_BTD, outputs[linears.POSITIONS.index("down")])
+
+    def above(self, x_BTD: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """The stream that leaves the block, from the one that enters it and the seven outputs."""
+        return self.leave(_add(x_BTD, outputs[linears.POSITIONS.index("o")]), outputs)
 
     def linear(self, position: str) -> nn.Module:
         """The module of a position."""
         part = self.self_attn if position in ("q", "k", "v", "o") else self.mlp
         return getattr(part, f"{position}_proj")
+
+
+class _Direct:
+    """Every map by its own forward."""
+
+    def __init__(self, block: Block, carry: Sequence[Tensor]):
+        self.block = block
+        self.below = dict(zip(linears.POSITIONS, carry, strict=True)) if carry else {}
+
+    def __call__(self, position: str, x_BTD: Tensor) -> Tensor:
+        return self.block.linear(position)(x_BTD, self.below.get(position))
+
+    def attend(self, mix: Mix, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+        return mix(q_BNTH, k_BKSH, v_BKSH)
+
+
+def _add(x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+    # The stream keeps its dtype, whatever that of the outputs; the sum widens narrower ones.
+    wider = y_BTD.dtype.itemsize > x_BTD.dtype.itemsize
+    return x_BTD + (y_BTD.to(x_BTD.dtype) if wider else y_BTD)
 
 
 class Backbone(nn.Module):
@@ -86,6 +127,8 @@ class Backbone(nn.Module):
         assert config.vocab_size, "the vocabulary size is resolved before a model is built"
         self.config = config
         self.carry = linears.get(config.linear).carry
+        self.recomputation: recompute.Recomputation | None = None
+        """What the blocks keep for the backward pass; None: everything."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         slots = linears.slots(config)
         width = len(linears.POSITIONS)
@@ -101,13 +144,25 @@ class Backbone(nn.Module):
         start = cache[0].length if cache else 0
         head_size = config.hidden_size // config.num_heads
         tables = rope(start, tokens_BT.shape[1], head_size, config.rope_theta, x_BTD.device)
+        steps = None
+        if self.recomputation and cache is None and torch.is_grad_enabled():
+            steps = self.recomputation.steps(self.blocks(), self.carry)
         carry: tuple[Tensor, ...] = ()
         for idx, block in enumerate(self.layers):
-            x_BTD, *outputs = block(x_BTD, tables, *carry, cache=cache[idx] if cache else None)
-            if self.carry == "below" or (self.carry == "first" and idx == 0):
-                carry = tuple(outputs)
+            x_BTD, *outputs = block(
+                x_BTD,
+                tables,
+                *carry,
+                cache=cache[idx] if cache else None,
+                recompute=steps[idx] if steps else None,
+            )
+            carry = recompute.next_carry(self.carry, idx, carry, tuple(outputs))
             del outputs
         return self.norm(x_BTD)
+
+    def blocks(self) -> list[Block]:
+        """The blocks, bottom first."""
+        return [block for block in self.layers if isinstance(block, Block)]
 
 
 class LanguageModel(nn.Module):
@@ -186,7 +241,7 @@ class LanguageModel(nn.Module):
         method = linears.get(self.config.linear)
         options = getattr(self.config, self.config.linear, None)
         treatment: dict[str, linears.Group] = {}
-        for idx, block in enumerate(self._blocks()):
+        for idx, block in enumerate(self.model.blocks()):
             for slot in block.slots:
                 part = "self_attn" if slot.position in ("q", "k", "v", "o") else "mlp"
                 for name, group in method.groups(slot, options).items():
@@ -204,11 +259,6 @@ class LanguageModel(nn.Module):
             optimizers.Group(tuple(named), tuple(named.values()), group.lr_factor, group.decays)
             for group, named in members.items()
         ]
-
-    def _blocks(self) -> Iterator[Block]:
-        for block in self.model.layers:
-            assert isinstance(block, Block)
-            yield block
 
 
 def _reset_on_cpu(

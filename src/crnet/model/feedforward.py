@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from crnet.kernels.elementwise import swiglu
-from crnet.model.attention import Carry
+from crnet.model.attention import Maps
 
 
 class FeedForward(nn.Module):
@@ -17,8 +17,8 @@ class FeedForward(nn.Module):
         self.up_proj = linears["up"]
         self.down_proj = linears["down"]
 
-    def forward(self, x_BTD: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, maps: Maps) -> tuple[Tensor, Tensor, Tensor]:
         """Return the outputs of gate (B, T, F), up (B, T, F) and down (B, T, D)."""
-        gate = self.gate_proj(x_BTD, carry.get("gate"))
-        up = self.up_proj(x_BTD, carry.get("up"))
-        return gate, up, self.down_proj(swiglu(gate, up), carry.get("down"))
+        gate, up = maps("gate", x_BTD), maps("up", x_BTD)
+        dtype = x_BTD.dtype
+        return gate, up, maps("down", swiglu(gate.to(dtype), up.to(dtype)))

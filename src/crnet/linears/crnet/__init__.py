@@ -24,6 +24,8 @@ class CRNetOptions:
     """Train beta; otherwise it stays at its initial value."""
     init: Literal["balanced", "zero-b", "spectral"] = "balanced"
     """Initial factors. balanced: equal Gaussians; zero-b: B at 0; spectral: truncated SVD."""
+    carry_dtype: Literal["compute", "fp32"] = "compute"
+    """Dtype of the outputs that travel from block to block; fp32 differs in bf16 runs."""
     lr_factor: float = 0.25
     """Learning rate of the factors over the base rate (appendix E.2.1)."""
     beta_lr_factor: float = 1.0
@@ -80,6 +82,17 @@ class CRNet:
             return {"weight": slot.in_size * slot.out_size}
         factors = {"A": slot.in_size * slot.rank, "B": slot.rank * slot.out_size}
         return factors | ({"beta": 1} if slot.layer_idx else {})
+
+    def matrix_items(self, slot: Slot) -> int:
+        if not slot.rank:
+            return slot.in_size * slot.out_size
+        return slot.rank * (slot.in_size + slot.out_size)
+
+    def bottleneck(self, slot: Slot) -> int:
+        return slot.rank
+
+    def carry_bytes(self, options: CRNetOptions, compute_bytes: int) -> int:
+        return 4 if options.carry_dtype == "fp32" else compute_bytes
 
     def groups(self, slot: Slot, options: CRNetOptions) -> dict[str, Group]:
         if not slot.rank:

@@ -23,6 +23,15 @@ class Full:
     def num_parameters(self, slot: Slot) -> dict[str, int]:
         return {"weight": slot.in_size * slot.out_size}
 
+    def matrix_items(self, slot: Slot) -> int:
+        return slot.in_size * slot.out_size
+
+    def bottleneck(self, slot: Slot) -> int:
+        return 0
+
+    def carry_bytes(self, options: Any, compute_bytes: int) -> int:
+        return compute_bytes
+
     def groups(self, slot: Slot, options: Any) -> dict[str, Group]:
         return {"weight": Group()}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from crnet.kernels.carried import known_dense
+from crnet.kernels.precision import cast
 from crnet.linears import Slot
 
 
@@ -22,3 +24,15 @@ class FullLinear(nn.Module):
 
     def forward(self, x_BTD: Tensor, carry_BTF: Tensor | None) -> Tensor:
         return nn.functional.linear(x_BTD, self.weight)
+
+    def recall(
+        self, x_BTD: Tensor, carry_BTF: Tensor | None, known: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        return known_dense(x_BTD, self.weight, known[1]) if known else self(x_BTD, carry_BTF)
+
+    def reduce(self, x_BTD: Tensor) -> Tensor:
+        """The output itself: a dense map has no narrower tensor that it follows from."""
+        return nn.functional.linear(*cast(x_BTD, self.weight))
+
+    def expand(self, z_BTF: Tensor, carry_BTF: Tensor | None) -> Tensor:
+        return z_BTF

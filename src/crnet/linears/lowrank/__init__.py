@@ -46,6 +46,15 @@ class LowRank:
     def num_parameters(self, slot: Slot) -> dict[str, int]:
         return {"A": slot.in_size * slot.rank, "B": slot.rank * slot.out_size}
 
+    def matrix_items(self, slot: Slot) -> int:
+        return slot.rank * (slot.in_size + slot.out_size)
+
+    def bottleneck(self, slot: Slot) -> int:
+        return slot.rank
+
+    def carry_bytes(self, options: LowRankOptions, compute_bytes: int) -> int:
+        return compute_bytes
+
     def groups(self, slot: Slot, options: LowRankOptions) -> dict[str, Group]:
         return {name: Group(lr_factor=options.lr_factor) for name in ("A", "B")}
 

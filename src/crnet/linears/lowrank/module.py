@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from crnet.kernels.carried import expand, lowrank
+from crnet.kernels.precision import cast
 from crnet.linears import Slot
 
 
@@ -23,7 +25,19 @@ class LowRankLinear(nn.Module):
         init_factors(self.A, self.B, self.init, self.init_std, generator)
 
     def forward(self, x_BTD: Tensor, carry_BTF: Tensor | None) -> Tensor:
-        return (x_BTD @ self.A) @ self.B
+        return self.recall(x_BTD, carry_BTF, None)
+
+    def recall(
+        self, x_BTD: Tensor, carry_BTF: Tensor | None, known: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        return lowrank(x_BTD, self.A, self.B, known)
+
+    def reduce(self, x_BTD: Tensor) -> Tensor:
+        x_BTD, a_DR = cast(x_BTD, self.A)
+        return x_BTD @ a_DR
+
+    def expand(self, z_BTR: Tensor, carry_BTF: Tensor | None) -> Tensor:
+        return expand(z_BTR, self.B)
 
 
 @torch.no_grad()
