@@ -300,6 +300,37 @@ BAD: list[tuple[dict[str, dict[str, Any]], str, str]] = [
     ({"train": {"eval_every_steps": -1}}, "--train.eval-every-steps is -1", "zero or more"),
     ({"train": {"save_every_steps": -1}}, "--train.save-every-steps is -1", "zero or more"),
     ({"train": {"keep_checkpoints": -1}}, "--train.keep-checkpoints is -1", "zero or more"),
+    ({"train": {"invert_tolerance": 0.0}}, "--train.invert-tolerance is 0.0", "above zero"),
+    ({"train": {"activation_budget_gib": -1.0}}, "--train.activation-budget-gib is", "above zero"),
+    ({"train": {"recompute": "auto"}}, "--train.recompute auto needs", "for example"),
+    ({"train": {"activation_budget_gib": 1.0}}, "--train.activation-budget-gib has no", "auto"),
+    ({"train": {"recompute_layers": "2"}}, "--train.recompute-layers has no effect", "replay"),
+    ({"train": {"recompute_attention": "keep"}}, "--train.recompute-attention keep has", "leave"),
+    (
+        {"train": {"recompute": "invert"}, "model": {"linear": "lowrank"}},
+        "--train.recompute invert: the outputs of lowrank",
+        "take replay or block",
+    ),
+    (
+        {"train": {"recompute": "replay", "compile": True}},
+        "--train.compile with --train.recompute replay",
+        "block",
+    ),
+    (
+        {"train": {"recompute": "replay", "recompute_layers": "3-5"}},
+        "--train.recompute-layers '3-5'",
+        "every-8",
+    ),
+    (
+        {"train": {"recompute": "replay", "recompute_layers": "2,99"}},
+        "--train.recompute-layers 2,99",
+        "blocks are 1 to",
+    ),
+    (
+        {"train": {"recompute": "invert", "recompute_layers": "1,3"}},
+        "--train.recompute-layers 1,3",
+        "never keeps block 1",
+    ),
 ]
 
 

@@ -410,12 +410,12 @@ def test_chunked_loss_never_holds_all_logits(dtype: torch.dtype, rows: int):
 
 
 def test_default_chunk_is_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loss, "CHUNK_ITEMS", 50 * 6 + 49)
+    monkeypatch.setattr(loss, "LOSS_CHUNK_ITEMS", 50 * 6 + 49)
     x, weight, target = big_loss_inputs(torch.float32)
     with LargestOutput() as largest:
         chunked(None)(x, weight, target).backward()
     assert largest.items == 50 * 6
-    monkeypatch.setattr(loss, "CHUNK_ITEMS", 49)  # not one row's: one row all the same
+    monkeypatch.setattr(loss, "LOSS_CHUNK_ITEMS", 49)  # not one row's: one row all the same
     with LargestOutput() as largest:
         chunked(None)(x, weight, target).backward()
     assert largest.items == 64 * 4  # dx

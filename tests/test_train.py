@@ -356,6 +356,71 @@ def test_golden_losses(tmp_path: Path, linear: str) -> None:
         assert found[key] == pytest.approx(golden[key], rel=2e-4)
 
 
+# Recomputation
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
+@pytest.mark.parametrize("policy", ["replay", "block"])
+def test_a_run_with_recomputation_is_the_run_without_it(
+    corpus: Path, tmp_path: Path, policy: str, precision: str
+) -> None:
+    """Losses, gradient norms, validation and weights; micro-batches add up, gradients are cut."""
+    common = {"precision": precision, "micro_batch_size": 4}
+    clip = {"clip_norm": 0.1}
+    run(tiny(corpus, train=common, optimizer=clip), tmp_path / "none")
+    again = {"recompute": policy}
+    run(tiny(corpus, train=common | again, optimizer=clip), tmp_path / policy)
+    for one, other in zip(rows_of(tmp_path / "none"), rows_of(tmp_path / policy), strict=True):
+        drop = {"tokens_per_s"}
+        assert {k: v for k, v in one.items() if k not in drop} == {
+            k: v for k, v in other.items() if k not in drop
+        }
+    expected, actual = weights_of(tmp_path / "none"), weights_of(tmp_path / policy)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_a_run_killed_under_replay_may_go_on_without_it(corpus: Path, tmp_path: Path) -> None:
+    """The policy is no part of what a resumed run must keep: it changes no number."""
+    half = {"keep_checkpoints": 0}
+    run(tiny(corpus, train=half), tmp_path / "whole")
+    run(tiny(corpus, train=half | {"recompute": "replay"}), tmp_path / "parts")
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / "parts" / "checkpoints" / f"step_{step}")
+    run(tiny(corpus, train=half), tmp_path / "parts", resume=True)
+    expected, actual = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_the_plan_is_in_the_manifest_and_the_guard_in_the_metrics(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Eight blocks in bf16 with gains of 1: the bound passes the tolerance after a few."""
+    deep = {"num_layers": 8}
+    inverted = {"recompute": "invert", "precision": "bf16", "steps": 2}
+    run(tiny(corpus, model=deep, train=inverted), tmp_path)
+    manifest = json.loads((tmp_path / "run.json").read_text())
+    assert manifest["recompute"]["policy"] == "invert"
+    assert manifest["recompute"]["tolerance"] == 0.05
+    kept = [row for row in rows_of(tmp_path) if "invert_also_keeps" in row]
+    assert kept[0]["step"] == 1
+    assert set(kept[0]["invert_also_keeps"]) == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert len(kept) == 1  # written where it changes, and the gains hardly moved
+
+
+def test_auto_writes_down_what_it_chose(corpus: Path, tmp_path: Path) -> None:
+    chosen = {"recompute": "auto", "activation_budget_gib": 1.0, "steps": 1}
+    run(tiny(corpus, train=chosen), tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["recompute"]["policy"] == "none"
+
+
+def test_auto_says_before_training_what_does_not_fit(corpus: Path, tmp_path: Path) -> None:
+    tight = {"recompute": "auto", "activation_budget_gib": 1e-5}
+    with pytest.raises(ConfigError, match="at least"):
+        run(tiny(corpus, train=tight), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_seed_decides(corpus: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tiny(corpus, train={"seed": seed, "steps": 3}), tmp_path / name)

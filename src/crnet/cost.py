@@ -20,6 +20,9 @@ from crnet import linears
 from crnet.config import ConfigError, ModelConfig, RunConfig, parse_layers
 from crnet.linears import POSITIONS
 
+LOSS_CHUNK_ITEMS = 1 << 23
+"""Logits that the chunked loss holds at once: 32 MiB of fp32."""
+
 Policy = Literal["none", "block", "invert", "replay"]
 Precision = Literal["fp32", "bf16-mixed", "bf16"]
 
@@ -347,21 +350,27 @@ def peak_activations(
     """Most bytes of activations and their gradients alive at once in a micro-batch.
 
     The head's weight gradient is counted, those of other parameters are not. There are two fullest
-    moments. When the backward pass begins, everything kept is there and the loss scales its two
-    gradients. In a block, when the activation goes backward, the gradients of the block's outputs
-    have come, those of the outputs below begin to leave, and SwiGLU holds four tensors of its own.
+    moments. In the loss everything kept is there, and the head's gradients twice (summed chunk by
+    chunk, then scaled). In a block, when the activation goes backward, the gradients of the block's
+    outputs have come, those of the outputs below begin to leave, and SwiGLU holds four tensors.
     """
     kept = _kept_outputs(step, plan, added)
     blocks = 8 * step.rows + max(
         _alive(step, plan, kept, idx) + _gradients(layer) for idx, layer in enumerate(step.layers)
     )
-    saved = saved_activations(step, plan, added)
-    return max(blocks, sum(saved.values()) + _head_gradients(step))
+    return max(blocks, sum(saved_activations(step, plan, added).values()) + _loss_bytes(step))
 
 
-def _head_gradients(step: Step) -> int:
-    hidden = step.model.hidden_size
-    return step.rows * hidden * step.compute_bytes + (step.model.vocab_size or 0) * hidden * 4
+def _loss_bytes(step: Step) -> int:
+    """What the loss needs for a moment, beyond the two gradients that it keeps."""
+    hidden, vocab_size = step.model.hidden_size, step.model.vocab_size or 0
+    backward = step.rows * hidden * step.compute_bytes + vocab_size * hidden * 4
+    if step.precision == "fp32":
+        return backward
+    # A chunk's logits and probabilities in fp32, their slope and its share of the gradient in bf16.
+    chunk = min(step.rows, max(1, LOSS_CHUNK_ITEMS // vocab_size)) * vocab_size
+    casts = 2 * vocab_size * hidden if step.precision == "bf16-mixed" else 0
+    return max(backward, chunk * (4 + 4 + 2) + vocab_size * hidden * 2 + casts)
 
 
 def _gradients(layer: _Layer) -> int:
@@ -513,7 +522,7 @@ def least_peak(step: Step, keep_attention: bool = False) -> tuple[int, ...]:
                 found.append((max(peak, here), kept, (*tops, top)))
             best[top, count] = min(found)
     # Everything else that is there when the backward pass begins, twice the head's gradients.
-    rest = sum(saved_activations(step, one).values()) + _head_gradients(step)
+    rest = sum(saved_activations(step, one).values()) + _loss_bytes(step)
     rest -= sum(alone) + layers[0].stream
     ends = [value for (top, _), value in best.items() if top == num_layers]
     _, _, tops = min(ends, key=lambda it: (max(it[0], it[1] + rest), it[1]))

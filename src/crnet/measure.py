@@ -1,6 +1,8 @@
-"""What a step really keeps: bytes counted, not estimated."""
+"""What a step really keeps, and needs at its peak: bytes counted, not estimated."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +14,8 @@ def saved_bytes(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> 
     """Bytes that autograd keeps between forward and backward, parameters not counted.
 
     Each storage counts once, whole, however many tensors look at it. What an operation hides
-    from autograd's hooks (torch's ``linear_cross_entropy``: the head's gradient) is not seen.
+    from autograd's hooks (torch's ``linear_cross_entropy``: the head's two gradients) is not seen.
+    Recomputation hides nothing: what it keeps, it keeps through autograd.
 
     Args:
         tokens_BT, targets_BT: one micro-batch.
@@ -33,3 +36,33 @@ def saved_bytes(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> 
     total = sum(size for size, _ in seen.values())
     del loss_sum
     return total
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Most bytes allocated at once during ``run``, above what was allocated before.
+
+    On a CPU by a trace of every allocation (torch's profiler: slow, exact), on a GPU by the
+    allocator's own count.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    kineto = profile.profiler.kineto_results  # type: ignore[union-attr]
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in kineto.events()
+        if event.name() == "[memory]"
+    )
+    now = highest = 0
+    for _, change in changes:
+        now += change
+        highest = max(highest, now)
+    return highest

@@ -283,8 +283,8 @@ class _Recording:
         self.below = dict(zip(POSITIONS, carry, strict=True)) if carry else {}
         self.reduced: list[Tensor] = []
         self.mixed: list[Tensor] = []
-        self.mixed_slots: list[str | int] = []
-        """What attention keeps, in its order: ``q``, ``k``, ``v`` or a number in ``mixed``."""
+        self.mixed_slots: list[_View | int] = []
+        """What attention keeps, in its order: a view of q, k or v, or a number in ``mixed``."""
 
     def __call__(self, position: str, x_BTD: Tensor) -> Tensor:
         module, carry = self.block.linear(position), self.below.get(position)
@@ -297,15 +297,20 @@ class _Recording:
     def attend(self, mix: Any, *qkv: Tensor) -> Tensor:
         if not self.cell.keep_attention:
             return mix(*qkv)
-        # autograd holds on to both hooks: they may know places and lists, never q, k and v.
-        names = {_place(it): name for it, name in zip(qkv, "qkv", strict=True)}
+        # autograd holds on to both hooks: they may know addresses and lists, never q, k and v.
+        names = {
+            _address(it): (name, it.storage_offset()) for it, name in zip(qkv, "qkv", strict=True)
+        }
         cell, mixed, slots = self.cell, self.mixed, self.mixed_slots
 
         def pack(tensor: Tensor) -> int:
-            slot = names.get(_place(tensor))
-            if slot is None:
+            if (found := names.get(_address(tensor))) is None:
                 mixed.append(tensor.detach())
-            slots.append(len(mixed) - 1 if slot is None else slot)
+                slots.append(len(mixed) - 1)
+            else:  # q, k or v, perhaps looked at in another shape
+                name, start = found
+                offset = tensor.storage_offset() - start
+                slots.append((name, tuple(tensor.shape), tensor.stride(), offset))
             return cell.pack(tensor)
 
         with saved_tensors_hooks(pack, self.cell.unpack):
@@ -342,14 +347,22 @@ class _Recalling:
         tensors = dict(zip("qkv", qkv, strict=True))
         mixed_BNTH, *others = self.known.mixed
         for slot in self.cell.mixed_slots:
-            kept = tensors[slot] if isinstance(slot, str) else others[slot]
-            self.saved.append(kept.detach())
+            if isinstance(slot, int):
+                self.saved.append(others[slot].detach())
+            else:
+                name, shape, stride, offset = slot
+                base = tensors[name].detach()
+                offset += base.storage_offset()
+                self.saved.append(base.as_strided(shape, stride, offset))
         return mixed_BNTH.detach().requires_grad_(any(it.requires_grad for it in qkv))
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    # Grouped keys are looked at in more than one way; where a tensor lies tells it apart.
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+_View = tuple[str, tuple[int, ...], tuple[int, ...], int]
+"""``q``, ``k`` or ``v``; shape, stride and offset of a look at it."""
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class _Keep(torch.autograd.Function):
@@ -476,7 +489,7 @@ class _Inverted:
         stream, outputs, known = self.cell.run(block, x_BTD, rope, carry)
         self.dtypes = [it.dtype for it in carry]
         self.is_dense = [
-            _place(z) == _place(y) for z, y in zip(known.reduced, known.outputs, strict=True)
+            _address(z) == _address(y) for z, y in zip(known.reduced, known.outputs, strict=True)
         ]
         kept = [x_BTD.detach()]
         kept += [z for z, dense in zip(known.reduced, self.is_dense, strict=True) if not dense]

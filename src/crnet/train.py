@@ -68,6 +68,7 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     _check_folder(run_dir, resume)
     prepared = data.prepare(config.data, progress=progress)
     config = resolve(config, prepared)
+    plan = cost.plan(config)
     rows, validation = (
         data.Rows(prepared, split, config.data.sequence_length, config.data.rows)
         for split in ("train", "validation")
@@ -99,7 +100,6 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
         checkpoint.load_weights(model, saved.weights())
         restore(optimizer, saved.state(), device)
         at = saved.progress
-    plan = cost.plan(config)
     if plan.policy != "none":
         model.model.recomputation = Recomputation(plan)
     if config.train.compile:

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crnet.cost import LOSS_CHUNK_ITEMS
 from crnet.kernels.precision import cast
 
 IGNORED = -100
 """Target of a position that carries no loss."""
-
-CHUNK_ITEMS = 1 << 23
-"""Logits held at once: 32 MiB of fp32."""
 
 HAS_TORCH_BACKEND = hasattr(torch.nn, "LinearCrossEntropyOptions")
 
@@ -97,9 +95,9 @@ def chunked_linear_cross_entropy(
 ) -> Tensor:
     """``linear_cross_entropy`` by chunks of rows, on any torch and dtype; the same result.
 
-    ``chunk_rows``: rows whose logits exist at once; None: as many as ``CHUNK_ITEMS`` allows.
+    ``chunk_rows``: rows whose logits exist at once; None: what ``LOSS_CHUNK_ITEMS`` allows.
     """
     if chunk_rows is None:
-        chunk_rows = max(1, CHUNK_ITEMS // weight_VD.shape[0])
+        chunk_rows = max(1, LOSS_CHUNK_ITEMS // weight_VD.shape[0])
     # Inside forward the grad mode is always off, and needs_input_grad does not know of no_grad.
     return _ChunkedLoss.apply(x_MD, weight_VD, target_M, chunk_rows, torch.is_grad_enabled())
