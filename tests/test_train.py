@@ -624,13 +624,17 @@ def test_tensorboard_has_every_figure(corpus: Path, tmp_path: Path) -> None:
     reason="torch.compile needs a C++ compiler on the CPU",
 )
 def test_compile_gives_the_same_losses(corpus: Path, tmp_path: Path) -> None:
-    for name, compiled in (("eager", False), ("compiled", True)):
-        run(tiny(corpus, train={"steps": 4, "compile": compiled}), tmp_path / name)
-    # Fused kernels round elsewhere; four steps amplify that.
-    assert losses_of(tmp_path / "compiled") == pytest.approx(
-        losses_of(tmp_path / "eager"), rel=1e-4
-    )
-    assert weights_of(tmp_path / "compiled").keys() == weights_of(tmp_path / "eager").keys()
+    sides = {
+        "eager": {},
+        "compiled": {"compile": True},
+        "compiled-block": {"compile": True, "recompute": "block"},
+    }
+    for name, changes in sides.items():
+        run(tiny(corpus, train={"steps": 4, **changes}), tmp_path / name)
+    for name in sides:
+        # Fused kernels round elsewhere; four steps amplify that.
+        assert losses_of(tmp_path / name) == pytest.approx(losses_of(tmp_path / "eager"), rel=1e-4)
+        assert weights_of(tmp_path / name).keys() == weights_of(tmp_path / "eager").keys()
 
 
 def write_golden() -> None:

@@ -349,16 +349,25 @@ def peak_activations(
 ) -> int:
     """Most bytes of activations and their gradients alive at once in a micro-batch.
 
-    The head's weight gradient is counted, those of other parameters are not. There are two fullest
-    moments. In the loss everything kept is there, and the head's gradients twice (summed chunk by
-    chunk, then scaled). In a block, when the activation goes backward, the gradients of the block's
-    outputs have come, those of the outputs below begin to leave, and SwiGLU holds four tensors.
+    The head's weight gradient is counted, those of other parameters are not. Three moments can be
+    the fullest. At the end of the forward pass the last outputs are still there. In the loss
+    everything kept is there, and the head's gradients twice (summed chunk by chunk, then scaled).
+    And in the backward pass of a block: see ``_gradients``.
     """
     kept = _kept_outputs(step, plan, added)
-    blocks = 8 * step.rows + max(
-        _alive(step, plan, kept, idx) + _gradients(layer) for idx, layer in enumerate(step.layers)
+    saved = saved_activations(step, plan, added)
+    total = sum(saved.values())
+    forward = total - saved["head input gradient"] - saved["head weight gradient"]
+    forward += sum(step.layers[-1].outputs) - kept[-1]
+    cached = 0
+    if plan.policy == "block" and step.precision == "bf16-mixed":
+        # Autocast keeps its casts of dense weights to the end of the forward pass.
+        cached = sum(2 * it.matrices for it in step.layers if not sum(it.bottlenecks))
+    backward = 8 * step.rows + max(
+        _alive(step, plan, kept, idx) + _gradients(step, plan, layer)
+        for idx, layer in enumerate(step.layers)
     )
-    return max(blocks, sum(saved_activations(step, plan, added).values()) + _loss_bytes(step))
+    return max(cached + max(forward, total + _loss_bytes(step)), backward)
 
 
 def _loss_bytes(step: Step) -> int:
@@ -373,13 +382,17 @@ def _loss_bytes(step: Step) -> int:
     return max(backward, chunk * (4 + 4 + 2) + vocab_size * hidden * 2 + casts)
 
 
-def _gradients(layer: _Layer) -> int:
-    """At the backward of the activation, less what the backward of ``down`` has freed."""
+def _gradients(step: Step, plan: Plan, layer: _Layer) -> int:
+    """While a block goes backward, beyond what is kept and rebuilt."""
     q, k, v, o, gate, up, down = layer.outputs
     come = q + k + v + o + gate + up if layer.is_read else 0
     leaves = down if layer.has_carry else 0
-    swiglu = 4 * layer.activated
-    return come + leaves + swiglu + layer.stream - layer.activated - layer.bottlenecks[-1]
+    # The backward of the activation; that of ``down`` has freed its input and its bottleneck.
+    swiglu = come + leaves + 4 * layer.activated - layer.activated - layer.bottlenecks[-1]
+    # The end of the second run, where all seven outputs are still there.
+    again = come + (down if layer.is_read else 0) + sum(layer.outputs)
+    again -= layer.consumed if layer.item_bytes == step.compute_bytes else 0
+    return layer.stream + max(swiglu, 0 if plan.policy == "none" else again)
 
 
 def _alive(step: Step, plan: Plan, kept: Sequence[int], idx: int) -> int:
@@ -502,7 +515,7 @@ def least_peak(step: Step, keep_attention: bool = False) -> tuple[int, ...]:
     for top in range(1, num_layers + 1):
         for bottom in range(top):
             spans[bottom, top] = max(
-                _alive_above(step, one, bottom, idx) + _gradients(layers[idx])
+                _alive_above(step, one, bottom, idx) + _gradients(step, one, layers[idx])
                 for idx in range(max(bottom, top - 2), top)
             )
     best: dict[tuple[int, int], tuple[int, int, tuple[int, ...]]] = {(0, 0): (0, 0, ())}

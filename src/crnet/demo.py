@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
-from crnet import generate, metrics, train
+from crnet import cost, generate, metrics, train
 from crnet.checkpoint import load
 from crnet.config import ConfigError, RunConfig, override
 from crnet.measure import saved_bytes
 from crnet.model import build
+from crnet.recompute import Recomputation
 
 LINEARS = ("crnet", "full")
+POLICIES = ("none", "block", "replay")
+"""Of ``--train.recompute``: what would be kept under each, whichever the runs were made with."""
 PROMPT = "def read_file(path):\n"
 
 
@@ -42,7 +45,9 @@ def run(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any
             "perplexity_after": result.after.perplexity,
             "tokens": result.tokens,
             "tokens_per_s": result.tokens_per_s,
-            "saved_activation_bytes": _saved_bytes(result.checkpoint),
+            "saved_activation_bytes": {
+                policy: _saved_bytes(result.checkpoint, policy) for policy in POLICIES
+            },
             "run": str(result.run_dir),
             "checkpoint": str(result.checkpoint),
         }
@@ -53,9 +58,10 @@ def run(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any
     return figures
 
 
-def _saved_bytes(folder: Path) -> int:
-    config = load(folder).config
+def _saved_bytes(folder: Path, recompute: str) -> int:
+    config = override(load(folder).config, train={"recompute": recompute})
     model = build(config.model, seed=0)
+    model.model.recomputation = Recomputation(cost.plan(config))
     rows = config.train.micro_batch_size or config.train.batch_size
     tokens = torch.zeros(rows, config.data.sequence_length, dtype=torch.int64)
     return saved_bytes(model, tokens, tokens)
@@ -70,14 +76,16 @@ def _sample(folder: Path) -> str:
 def table(figures: dict[str, Any]) -> str:
     """The figures as text."""
     lines = [
-        f"{'':14}{'parameters':>12}{'perplexity':>22}{'tokens/s':>10}{'saved activations':>19}",
-        f"{'':14}{'':>12}{'before':>11}{'after':>11}{'':>10}{'':>19}",
+        f"{'':8}{'parameters':>12}{'perplexity':>20}{'tokens/s':>10}"
+        f"{'MiB of saved activations':>30}",
+        f"{'':8}{'':>12}{'before':>10}{'after':>10}{'':>10}"
+        + "".join(f"{policy:>10}" for policy in POLICIES),
     ]
     for linear, row in figures["rows"].items():
         lines.append(
-            f"{linear:14}{row['parameters']:>12,}{row['perplexity_before']:>11,.1f}"
-            f"{row['perplexity_after']:>11,.1f}{row['tokens_per_s']:>10,.0f}"
-            f"{row['saved_activation_bytes'] / 2**20:>15,.1f} MiB"
+            f"{linear:8}{row['parameters']:>12,}{row['perplexity_before']:>10,.1f}"
+            f"{row['perplexity_after']:>10,.1f}{row['tokens_per_s']:>10,.0f}"
+            + "".join(f"{row['saved_activation_bytes'][it] / 2**20:>10,.1f}" for it in POLICIES)
         )
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,12 +56,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") ->
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         run()
-    kineto = profile.profiler.kineto_results  # type: ignore[union-attr]
-    changes = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in kineto.events()
-        if event.name() == "[memory]"
-    )
+    assert profile.profiler is not None
+    results: Any = profile.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events)
     now = highest = 0
     for _, change in changes:
         now += change

@@ -299,7 +299,8 @@ class _Recording:
             return mix(*qkv)
         # autograd holds on to both hooks: they may know addresses and lists, never q, k and v.
         names = {
-            _address(it): (name, it.storage_offset()) for it, name in zip(qkv, "qkv", strict=True)
+            _address(it): (name, int(it.storage_offset()))
+            for it, name in zip(qkv, "qkv", strict=True)
         }
         cell, mixed, slots = self.cell, self.mixed, self.mixed_slots
 
@@ -309,7 +310,7 @@ class _Recording:
                 slots.append(len(mixed) - 1)
             else:  # q, k or v, perhaps looked at in another shape
                 name, start = found
-                offset = tensor.storage_offset() - start
+                offset = int(tensor.storage_offset()) - start
                 slots.append((name, tuple(tensor.shape), tensor.stride(), offset))
             return cell.pack(tensor)
 
