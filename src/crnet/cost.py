@@ -173,7 +173,8 @@ def guarded_layers(
     top = len(gains)
     for layer in range(len(gains) - 1, 0, -1):
         crossed = [gains[above - 1] for above in range(top, layer, -1)]
-        if layer not in kept and not invert_error(crossed, unit)[-1] <= tolerance:
+        bound = invert_error(crossed, unit)[-1]
+        if not (bound <= tolerance and math.isfinite(bound)):  # whatever the tolerance, never nan
             kept.add(layer)
         if layer in kept:
             top = layer

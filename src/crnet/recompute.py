@@ -96,33 +96,47 @@ class Recomputation:
         return [_checkpointed if plan.policy == "block" else None] * len(blocks)
 
     def _guarded(self, blocks: Sequence[Block]) -> dict[str, tuple[int, ...]]:
-        linears = [block.linear(position) for block in blocks[1:] for position in POSITIONS]
-        gains = torch.cat([_whole(linear.gain()) for linear in linears]).tolist()
+        """The set A of each position: the plan's, and what the bound of the error asks for."""
         kept: dict[str, tuple[int, ...]] = {}
-        for at, position in enumerate(POSITIONS):
-            dtype = linears[at].carry_dtype or self._compute_dtype(linears[at])
+        maps = [[block.linear(position) for block in blocks[1:]] for position in POSITIONS]
+        gains = _values([it.gain() for column in maps for it in column])
+        _gather(blocks[0])  # FSDP2 decides what dtype gathered parameters have
+        compute = compute_dtype(next(blocks[0].linear("q").parameters()))
+        for position, column in zip(POSITIONS, maps, strict=True):
+            own, gains = gains[: len(column)], gains[len(column) :]
+            dtype = (column[0].carry_dtype if column else None) or compute
             kept[position] = guarded_layers(
                 self.plan.kept_layers,
-                [math.inf, *gains[at :: len(POSITIONS)]],
+                [math.inf, *own],
                 torch.finfo(dtype).eps / 2,
                 self.plan.tolerance,
             )
         planned = {*self.plan.kept_layers, len(blocks)}
-        self.added = {
-            position: extra
-            for position, layers in kept.items()
-            if (extra := tuple(sorted(set(layers) - planned)))
-        }
+        extra = {position: tuple(sorted({*layers} - planned)) for position, layers in kept.items()}
+        self.added = {position: layers for position, layers in extra.items() if layers}
         return kept
 
-    @staticmethod
-    def _compute_dtype(linear: Any) -> torch.dtype:
-        return compute_dtype(linear.B)
+
+def _gather(block: Any) -> None:
+    # Under FSDP2 a block that is not due yet is sharded; no-op where it is whole.
+    if hasattr(block, "unshard"):
+        block.unshard()
 
 
-def _whole(tensor: Any) -> Tensor:
-    # Under FSDP2 the blocks are still sharded when the forward pass begins.
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _values(items_1: Sequence[Any]) -> list[float]:
+    """Of tensors of one item, with one wait for the device. Under FSDP2 the blocks are sharded when
+    the forward pass begins, and one rank has the item: one collective for all of them."""
+    sharded = [it for it in items_1 if hasattr(it, "full_tensor")]
+    if sharded:
+        from torch.distributed.tensor import DTensor, Partial  # a third of a second to import
+
+        local = [it.to_local() for it in sharded]
+        summands = torch.cat([it if it.numel() else it.new_zeros(1) for it in local])
+        placements = [Partial() if it.is_shard() else it for it in sharded[0].placements]
+        summed = DTensor.from_local(summands, sharded[0].device_mesh, placements)
+        whole = iter(summed.full_tensor().split(1))
+        items_1 = [next(whole) if hasattr(it, "full_tensor") else it for it in items_1]
+    return torch.cat(list(items_1)).tolist() if items_1 else []
 
 
 def next_carry(carry: str, layer_idx: int, below: Tensors, outputs: Tensors) -> Tensors:
@@ -199,6 +213,7 @@ class _Cell:
         """What ``block.compute`` returns, and what it would have to be run once more from."""
         self.block, self.rope = block, rope
         self.requires_grad = (x_BTD.requires_grad, *(it.requires_grad for it in carry))
+        self.dtypes = (x_BTD.dtype, *(it.dtype for it in carry))
         self.autocast = _autocast(x_BTD.device.type)
         maps = _Recording(self, carry)
         with saved_tensors_hooks(self.pack, self.unpack):
@@ -438,6 +453,10 @@ class _Segment:
         if carry and self.carry == "below":
             self.to_below.append(carry)
         for idx, cell in enumerate(self.cells, start=self.bottom):
+            # A hook between blocks may have cast (FSDP2's cast_forward_inputs).
+            entering = zip((x_BTD, *carry), cell.dtypes, strict=True)
+            x_BTD, *several = (it.to(dtype) for it, dtype in entering)
+            carry = tuple(several)
             reduced = tuple(next(tensors) for _ in POSITIONS)
             mixed = tuple(next(tensors) for _ in range(cell.num_mixed))
             if cell is self.cells[-1] and self.from_above:
@@ -455,9 +474,7 @@ class _Segment:
 
 
 def _linears(block: Any) -> list[Any]:
-    # Under FSDP2 a block of the segment may not have been gathered yet; no-op where it has.
-    if hasattr(block, "unshard"):
-        block.unshard()
+    _gather(block)
     return [block.linear(position) for position in POSITIONS]
 
 
