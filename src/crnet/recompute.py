@@ -205,7 +205,8 @@ class _Cell:
         self.keep_attention = keep_attention
         self.known: _Known | None = None
         self.rebuilt: list[Tensor | None] | None = None
-        self.num_saved = 0
+        self.saved: list[tuple[torch.Size, torch.dtype]] = []
+        """What its nodes would have kept, in their order."""
 
     def run(
         self, block: Any, x_BTD: Tensor, rope: Any, carry: Tensors
@@ -215,6 +216,7 @@ class _Cell:
         self.requires_grad = (x_BTD.requires_grad, *(it.requires_grad for it in carry))
         self.dtypes = (x_BTD.dtype, *(it.dtype for it in carry))
         self.autocast = _autocast(x_BTD.device.type)
+        self.versions = _versions(block)
         maps = _Recording(self, carry)
         with saved_tensors_hooks(self.pack, self.unpack):
             stream, outputs = block.compute(x_BTD, rope, maps)
@@ -229,8 +231,8 @@ class _Cell:
         return stream, outputs, known
 
     def pack(self, tensor: Tensor) -> int:
-        self.num_saved += 1
-        return self.num_saved - 1
+        self.saved.append((tensor.shape, tensor.dtype))
+        return len(self.saved) - 1
 
     def unpack(self, number: int) -> Tensor:
         if self.rebuilt is None:
@@ -247,6 +249,11 @@ class _Cell:
                 "a block's activations were asked for before those of the blocks above it were "
                 "rebuilt: recomputation wants one backward pass from the loss through all blocks"
             )
+        if _versions(self.block) != self.versions:
+            raise RuntimeError(
+                "a block's weights were changed in place between the forward and the backward "
+                "pass, which runs it once more with them; change them after the backward pass"
+            )
         saved: list[Tensor | None] = []
 
         def keep(tensor: Tensor) -> int:
@@ -261,19 +268,24 @@ class _Cell:
                 for it, wanted in zip(known.carry, wants_carry, strict=True)
             ]
             self.block.compute(x_BTD, self.rope, _Recalling(self, known, carry, saved))
-        if len(saved) != self.num_saved:
+        if [(it.shape, it.dtype) for it in saved if it is not None] != self.saved:
             raise RuntimeError(
-                f"run once more, a block keeps {len(saved)} tensors instead of {self.num_saved}: "
-                "was the model changed (a parameter frozen, a mode switched) between the forward "
-                "and the backward pass?"
+                f"run once more, a block keeps {len(saved)} tensors instead of {len(self.saved)}, "
+                "or of other shapes: was the model changed (a parameter frozen, a mode or an "
+                "attention kernel switched) between the forward and the backward pass?"
             )
         return saved
 
 
 _SECOND_PASS = (
     "a second backward pass through recomputed activations: retain_graph=True is not supported "
-    "with recompute invert or replay; run the forward pass again, or take recompute none or block"
+    "with recompute invert or replay; run the forward pass again before it"
 )
+
+
+def _versions(block: Any) -> list[int]:
+    # Each change in place counts one up; what autograd's own nodes look at for what they keep.
+    return [parameter._version for parameter in block.parameters()]
 
 
 def _never(_: int) -> Tensor:
@@ -450,7 +462,7 @@ class _Segment:
         x_BTD, *rest = kept
         tensors = iter(rest)
         carry = tuple(next(tensors) for _ in self.cells[0].requires_grad[1:])
-        if carry and self.carry == "below":
+        if self.carry == "below" and any(self.cells[0].requires_grad[1:]):  # somebody asks for it
             self.to_below.append(carry)
         for idx, cell in enumerate(self.cells, start=self.bottom):
             # A hook between blocks may have cast (FSDP2's cast_forward_inputs).
@@ -467,7 +479,8 @@ class _Segment:
                     linear.expand(z, y)
                     for linear, z, y in zip(_linears(cell.block), reduced, below, strict=True)
                 )
-            cell.known = _Known(x_BTD, carry, reduced, outputs, mixed)
+            if cell.saved:  # else no gradient passes through the block
+                cell.known = _Known(x_BTD, carry, reduced, outputs, mixed)
             if cell is not self.cells[-1]:
                 x_BTD = cell.block.above(x_BTD, outputs)
             carry = next_carry(self.carry, idx, carry, outputs)
@@ -529,7 +542,9 @@ class _Inverted:
             for position, is_kept in zip(POSITIONS, self.is_kept, strict=True)
         )
         carry = []
-        below = self.handed[self.idx - 1] = {}
+        below: dict[str, Tensor] = {}
+        if any(self.cell.requires_grad[1:]):  # somebody asks for it
+            self.handed[self.idx - 1] = below
         for position, is_kept, dtype in zip(
             POSITIONS, self.is_kept_below, self.dtypes, strict=False
         ):
