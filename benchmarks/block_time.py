@@ -46,10 +46,7 @@ def side_config(side: str, base: ModelConfig) -> ModelConfig:
 def block_flops(config: ModelConfig, tokens: int, length: int) -> int:
     """FLOPs of one forward and backward of the blocks; attention counted in full, not causal."""
     method = linears.get(config.linear)
-    weights = sum(
-        sum(count for name, count in method.num_parameters(slot).items() if name != "beta")
-        for slot in linears.slots(config)
-    )
+    weights = sum(method.matrix_items(slot) for slot in linears.slots(config))
     attention = 2 * 2 * length * config.hidden_size * config.num_layers
     return 3 * tokens * (2 * weights + attention)
 

@@ -101,14 +101,14 @@ def test_trains(linear: str, optimizer: str):
 @each_linear
 @pytest.mark.parametrize("num_kv_heads", [None, 2, 1])
 def test_cost_and_groups_of_every_slot(linear: str, num_kv_heads: int | None):
-    """Exact, by name: items of each parameter, the groups' names, the module's interface."""
+    """Exact, by name: shape of each parameter, the groups' names, the module's interface."""
     method = linears.get(linear)
     config = shape(linear, num_kv_heads)
     options = getattr(config, linear, None)
     for slot in linears.slots(config):
         module = method.make(slot, options, config.init_std)
-        actual = {name: p.numel() for name, p in module.named_parameters()}
-        assert method.num_parameters(slot) == actual
+        actual = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        assert method.shapes(slot) == actual
         trained = {name for name, p in module.named_parameters() if p.requires_grad}
         assert set(method.groups(slot, options)) == trained == set(actual)
         module.reset_parameters(torch.Generator().manual_seed(0))

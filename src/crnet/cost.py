@@ -10,6 +10,7 @@ length rows.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,17 @@ class Step:
         slots = linears.slots(self.model)
         width = len(POSITIONS)
         return [_Layer(self, tuple(slots[at : at + width])) for at in range(0, len(slots), width)]
+
+    @cached_property
+    def below(self) -> dict[str, list[int]]:
+        """Bytes in all blocks below the one at that index, by kind."""
+        kinds = {
+            "bottlenecks": [sum(it.bottlenecks) for it in self.layers],
+            "outputs": [sum(it.outputs) for it in self.layers],
+            "stream": [it.stream for it in self.layers],
+            "attention": [it.mixed + it.log_sum_exp for it in self.layers],
+        }
+        return {name: [0, *itertools.accumulate(sizes)] for name, sizes in kinds.items()}
 
     @property
     def carry(self) -> str:
@@ -375,12 +387,13 @@ def _loss_bytes(step: Step) -> int:
     """What the loss needs for a moment, beyond the two gradients that it keeps."""
     hidden, vocab_size = step.model.hidden_size, step.model.vocab_size or 0
     backward = step.rows * hidden * step.compute_bytes + vocab_size * hidden * 4
-    if step.precision == "fp32":
-        return backward
-    # A chunk's logits and probabilities in fp32, their slope and its share of the gradient in bf16.
+    if step.precision == "fp32" and step.rows >= hidden and vocab_size > hidden:
+        return backward  # torch's own loss, whose chunks are small (kernels.loss)
+    # A chunk's logits and probabilities in fp32, their slope in bf16, its share of the gradient.
     chunk = min(step.rows, max(1, LOSS_CHUNK_ITEMS // vocab_size)) * vocab_size
+    chunk *= 4 + 4 + (step.compute_bytes if step.compute_bytes < 4 else 0)
     casts = 2 * vocab_size * hidden if step.precision == "bf16-mixed" else 0
-    return max(backward, chunk * (4 + 4 + 2) + vocab_size * hidden * 2 + casts)
+    return max(backward, chunk + vocab_size * hidden * step.compute_bytes + casts)
 
 
 def _gradients(step: Step, plan: Plan, layer: _Layer) -> int:
@@ -422,14 +435,14 @@ def _alive(step: Step, plan: Plan, kept: Sequence[int], idx: int) -> int:
 def _alive_above(step: Step, plan: Plan, bottom: int, idx: int) -> int:
     """Of a segment rebuilt from ``bottom`` up, all bottlenecks below included, while block ``idx``
     goes backward; without the streams and outputs kept below it."""
-    layers, layer = step.layers, step.layers[idx]
-    alive = layer.inside + layer.stream + sum(layer.bottlenecks) + layer.consumed
+    layer, below = step.layers[idx], step.below
+    alive = layer.inside + layer.stream + layer.consumed
     alive += 2 * layer.matrices if step.precision == "bf16-mixed" else 0
-    alive += sum(sum(it.bottlenecks) for it in layers[:idx])
+    alive += below["bottlenecks"][idx + 1]
     if plan.keep_attention:
-        alive += sum(it.mixed + it.log_sum_exp for it in layers[:idx])
-    alive += sum(it.stream for it in layers[bottom : idx + 1])
-    return alive + sum(sum(it.outputs) for it in layers[bottom:idx])
+        alive += below["attention"][idx]
+    alive += below["stream"][idx + 1] - below["stream"][bottom]
+    return alive + below["outputs"][idx] - below["outputs"][bottom]
 
 
 # --- the choice of a plan -------------------------------------------------------------------------
@@ -467,8 +480,9 @@ def plan(config: RunConfig) -> Plan:
 def cheapest(step: Step, budget_bytes: float, tolerance: float = 0.05) -> Plan:
     """The plan with the fewest FLOPs to repeat whose ``peak_activations`` fit the budget.
 
-    ``invert`` is a candidate where its outputs travel in fp32: in bf16 what it keeps hangs on the
-    betas of every step. Raises ``ConfigError`` where nothing fits.
+    ``invert`` is a candidate where its outputs travel in fp32: in bf16 what its guard keeps hangs
+    on the betas of every step. (In fp32 too, once gains fall below about 0.2: the guard keeps more,
+    writes it down, and the budget may be passed.) Raises ``ConfigError`` where nothing fits.
     """
     candidates = [Plan(), Plan("block")]
     for keep in (True, False):

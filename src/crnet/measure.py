@@ -46,20 +46,20 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") ->
     allocator's own count.
     """
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         run()
     assert profile.profiler is not None
     results: Any = profile.profiler.kineto_results
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events)
+    events = [it for it in results.events() if it.name() == "[memory]"]
+    changes = sorted(((it.start_ns(), it.nbytes()) for it in events), key=lambda it: it[0])
     now = highest = 0
     for _, change in changes:
         now += change

@@ -17,9 +17,9 @@ outputs Y are known. Norms, rotation, activation and attention are repeated.
             backward pass enters a segment, Y_l = gain_l Y_{l-1} + Z_l B_l and
             X_{l+1} = X_l + Y_l^o + Y_l^down from the bottom up, as the forward pass computed them
 
-``replay`` is exact to the bit, keeps less and needs a segment's Y at once; ``invert`` needs one
-block's Y at once and multiplies rounding errors by 1/|gain| per layer (``cost.invert_error``),
-which a guard keeps below a tolerance. ``rebuild_up`` and ``rebuild_down`` are the plain reference.
+``replay`` is exact to the bit and needs a segment's Y at once; ``invert`` needs one block's Y at
+once and multiplies rounding errors by 1/|gain| per layer (``cost.invert_error``), which a guard
+keeps below a tolerance. ``rebuild_up`` and ``rebuild_down`` are the plain reference.
 Which layers to keep, and what it all costs: ``crnet.cost``. Figures: docs/recomputation.md.
 
 Refused: running blocks inside an ``autograd.Function`` with a nested backward (torch's reentrant
@@ -245,10 +245,7 @@ class _Cell:
     def run_again(self) -> list[Tensor | None]:
         known, self.known = self.known, None
         if known is None:
-            raise RuntimeError(
-                "a block's activations were asked for before those of the blocks above it were "
-                "rebuilt: recomputation wants one backward pass from the loss through all blocks"
-            )
+            raise RuntimeError(_OUT_OF_TURN)
         if _versions(self.block) != self.versions:
             raise RuntimeError(
                 "a block's weights were changed in place between the forward and the backward "
@@ -277,6 +274,10 @@ class _Cell:
         return saved
 
 
+_OUT_OF_TURN = (
+    "a block's activations were asked for before those of the blocks above it were rebuilt: "
+    "recomputation wants one backward pass from the loss through all blocks"
+)
 _SECOND_PASS = (
     "a second backward pass through recomputed activations: retain_graph=True is not supported "
     "with recompute invert or replay; run the forward pass again before it"
@@ -537,6 +538,9 @@ class _Inverted:
         tensors = iter(rest)
         bottlenecks = [None if dense else next(tensors) for dense in self.is_dense]
         handed = self.handed.pop(self.idx, {})
+        for position, is_kept in zip(POSITIONS, self.is_kept, strict=True):
+            if not is_kept and position not in handed:
+                raise RuntimeError(_OUT_OF_TURN)
         outputs = tuple(
             next(tensors) if is_kept else handed[position]
             for position, is_kept in zip(POSITIONS, self.is_kept, strict=True)

@@ -17,6 +17,7 @@ and ``gain()``, the factor it divides by.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ class Method(Protocol):
         """What is wrong with the options, one sentence each."""
         ...
 
-    def num_parameters(self, slot: Slot) -> dict[str, int]:
-        """Items of each parameter of the slot's module, by its name there."""
+    def shapes(self, slot: Slot) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter of the slot's module, by its name there."""
         ...
 
     def matrix_items(self, slot: Slot) -> int:
@@ -90,7 +91,7 @@ class Method(Protocol):
         ...
 
     def groups(self, slot: Slot, options: Any) -> dict[str, Group]:
-        """The optimizer's treatment of each parameter of the slot's module, by its name there."""
+        """The optimizer's treatment of each trained parameter of the module, by its name there."""
         ...
 
     def make(self, slot: Slot, options: Any, init_std: float) -> nn.Module:
@@ -163,7 +164,7 @@ def num_parameters(model: ModelConfig) -> dict[str, int]:
         "norms": (2 * model.num_layers + 1) * model.hidden_size,
     } | dict.fromkeys(POSITIONS, 0)
     for slot in slots(model):
-        counts[slot.position] += sum(method.num_parameters(slot).values())
+        counts[slot.position] += sum(math.prod(it) for it in method.shapes(slot).values())
     return counts
 
 

@@ -77,11 +77,11 @@ class CRNet:
             )
         return found
 
-    def num_parameters(self, slot: Slot) -> dict[str, int]:
+    def shapes(self, slot: Slot) -> dict[str, tuple[int, ...]]:
         if not slot.rank:
-            return {"weight": slot.in_size * slot.out_size}
-        factors = {"A": slot.in_size * slot.rank, "B": slot.rank * slot.out_size}
-        return factors | ({"beta": 1} if slot.layer_idx else {})
+            return {"weight": (slot.out_size, slot.in_size)}
+        factors = {"A": (slot.in_size, slot.rank), "B": (slot.rank, slot.out_size)}
+        return factors | ({"beta": (1,)} if slot.layer_idx else {})
 
     def matrix_items(self, slot: Slot) -> int:
         if not slot.rank:
@@ -99,7 +99,7 @@ class CRNet:
             return {"weight": Group()}
         factors = {name: Group(lr_factor=options.lr_factor) for name in ("A", "B")}
         beta = {"beta": Group(lr_factor=options.beta_lr_factor, decays=False)}
-        return factors | (beta if slot.layer_idx else {})
+        return factors | (beta if slot.layer_idx and options.learnable_beta else {})
 
     def make(self, slot: Slot, options: CRNetOptions, init_std: float):
         from crnet.linears.crnet.module import CRNetLinear

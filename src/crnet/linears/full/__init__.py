@@ -20,8 +20,8 @@ class Full:
     def problems(self, options: Any) -> list[str]:
         return []
 
-    def num_parameters(self, slot: Slot) -> dict[str, int]:
-        return {"weight": slot.in_size * slot.out_size}
+    def shapes(self, slot: Slot) -> dict[str, tuple[int, ...]]:
+        return {"weight": (slot.out_size, slot.in_size)}
 
     def matrix_items(self, slot: Slot) -> int:
         return slot.in_size * slot.out_size

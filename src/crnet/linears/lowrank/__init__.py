@@ -43,8 +43,8 @@ class LowRank:
             return [f"--model.lowrank.lr-factor is {options.lr_factor}; it must be above zero"]
         return []
 
-    def num_parameters(self, slot: Slot) -> dict[str, int]:
-        return {"A": slot.in_size * slot.rank, "B": slot.rank * slot.out_size}
+    def shapes(self, slot: Slot) -> dict[str, tuple[int, ...]]:
+        return {"A": (slot.in_size, slot.rank), "B": (slot.rank, slot.out_size)}
 
     def matrix_items(self, slot: Slot) -> int:
         return slot.rank * (slot.in_size + slot.out_size)

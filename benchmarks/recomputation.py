@@ -1,0 +1,568 @@
+"""Recomputation measured: bytes, time, rounding errors, training. Each part writes one JSON file.
+
+    python benchmarks/recomputation.py memory --out benchmarks/DATE-recomputation-memory.json
+    python benchmarks/recomputation.py time --preset llama-350m --out ...
+    python benchmarks/recomputation.py time --length 4096 --micro-batch 1 --layers 6 --out ...
+    python benchmarks/recomputation.py error --out ...
+    python benchmarks/recomputation.py train [--source FILE ...] --out ...
+    python benchmarks/recomputation.py paper --out ...
+    python benchmarks/recomputation.py figure [FILE ...] --out docs/recomputation.png
+    python benchmarks/recomputation.py table [FILE ...] [--write docs/recomputation.md]
+
+``memory``  bytes kept and bytes at the peak of a step by policy, beside the closed forms.
+``time``    forward and backward of the blocks alone; the policies in turn, round after round.
+``error``   outputs rebuilt along chains of CR-Net maps: gain, depth, arithmetic, direction.
+``train``   one model trained under each policy; then its gradients and rebuilt outputs.
+``paper``, ``figure`` and ``table`` run no model: recomputation_report.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import recomputation_report
+import torch
+from recomputation_report import Json, describe, eq_38_items, plans, write
+from torch import Tensor
+
+from crnet import checkpoint, config, cost, data, measure, metrics, presets, train
+from crnet.config import ModelConfig, RunConfig, TrainingError, parse_layers
+from crnet.cost import Plan, Step
+from crnet.kernels import loss as loss_kernels
+from crnet.linears import POSITIONS, Slot
+from crnet.linears.crnet import CRNetOptions
+from crnet.linears.crnet.module import CRNetLinear
+from crnet.model import LanguageModel, build
+from crnet.model.attention import rope
+from crnet.recompute import Recomputation, next_carry
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(required=True, metavar="PART")
+
+    def command(name: str, part: Callable[[Any], None]) -> argparse.ArgumentParser:
+        words = parts.add_parser(name)
+        words.set_defaults(part=part)
+        words.add_argument("--out", type=Path)
+        return words
+
+    for name, part in (("memory", memory), ("time", block_time)):
+        words = command(name, part)
+        words.add_argument("--preset", default="llama-130m")
+        words.add_argument("--micro-batch", type=int, default=4)
+        words.add_argument("--length", type=int, default=256)
+        words.add_argument("--layers", type=int, help="only so many, from the bottom; none: all")
+        words.add_argument("--vocab", type=int, default=32_000)
+        words.add_argument("--precision", default="fp32", choices=["fp32", "bf16-mixed", "bf16"])
+        words.add_argument("--device", default="cpu")
+        words.add_argument("--threads", type=int, help="none: torch's choice")
+        if name == "time":
+            words.add_argument("--rounds", type=int, default=12)
+    words = command("error", error)
+    words.add_argument("--gains", type=float, nargs="+", default=[0.2, 0.5, 0.7, 0.9, 1.0])
+    words.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 31])
+    words.add_argument("--seeds", type=int, default=5)
+    words.add_argument("--hidden", type=int, default=256)
+    words.add_argument("--rank", type=int, default=64)
+    words.add_argument("--rows", type=int, default=512)
+    words.add_argument("--threads", type=int, default=1)
+    words = command("train", training)
+    words.add_argument("--steps", type=int, default=320)
+    words.add_argument("--layers", type=int, default=16)
+    words.add_argument("--hidden", type=int, default=128)
+    words.add_argument("--vocab", type=int, default=4096, help="entries of the trained tokenizer")
+    words.add_argument("--batch", type=int, default=8)
+    words.add_argument("--length", type=int, default=128)
+    words.add_argument("--lr", type=float, default=1.5e-3)
+    words.add_argument("--beta-init", type=float, default=1.0)
+    words.add_argument("--bf16", default="bf16-mixed", choices=["bf16-mixed", "bf16"])
+    words.add_argument("--source", nargs="+", default=["python"])
+    words.add_argument("--text-key", help="for example title,abstract")
+    words.add_argument(
+        "--runs", type=Path, help="folder of the runs, resumed there; none: a new one"
+    )
+    words.add_argument("--threads", type=int, default=1)
+    command("paper", recomputation_report.paper)
+    words = command("figure", recomputation_report.figure)
+    words.add_argument("files", type=Path, nargs="*")
+    words = command("table", recomputation_report.table)
+    words.add_argument("files", type=Path, nargs="*")
+    words.add_argument("--write", type=Path, help="Markdown with <!-- table: NAME --> <!-- end -->")
+    given = parser.parse_args()
+    if getattr(given, "threads", None):
+        torch.set_num_threads(given.threads)
+    given.part(given)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
+def shape(given: Any) -> ModelConfig:
+    """The preset's CR-Net; with ``--layers`` its lowest blocks, each with the rank it has there."""
+    model = dataclasses.replace(presets.get(given.preset).model, vocab_size=given.vocab)
+    if given.layers is None or given.layers == model.num_layers:
+        return model
+    kept = ",".join(str(rank) for rank in describe(model)["ranks"][1 : given.layers])
+    return dataclasses.replace(model, num_layers=given.layers, rank=kept)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def memory(given: Any) -> None:
+    device = torch.device(given.device)
+    crnet = shape(given)
+    sizes = (given.micro_batch, given.length, given.precision)
+    step = Step(crnet, *sizes)
+    full = Step(dataclasses.replace(crnet, linear="full", rank="1"), *sizes)
+    sides = {"full rank, none": _measured(full, {"none": Plan()}, device)["none"]}
+    sides |= _measured(step, plans(step), device)
+    terms = sides["invert"]["kept"]["terms"]
+    found = {
+        "model": describe(crnet),
+        "tokens": step.rows,
+        "note": "kept.measured is what autograd's hooks see, closed_form counts everything, "
+        "difference = measured - (closed_form - hidden). In fp32 torch's linear_cross_entropy "
+        "hides the head's two gradients from the hooks: those two terms are `hidden`.",
+        "eq_38": {
+            "bytes": eq_38_items(step, plans(step)["invert"]) * step.compute_bytes,
+            "invert_stream_outputs_bottlenecks": terms["stream"]
+            + terms["outputs"]
+            + terms["bottlenecks"],
+        },
+        "sides": sides,
+    }
+    write("memory", given, device, found)
+
+
+def _measured(step: Step, policies: dict[str, Plan], device: torch.device) -> Json:
+    model = build(step.model, seed=0, device=device)
+    if step.precision == "bf16":
+        model.bfloat16()
+    for parameter in model.parameters():  # there already, so that they do not count at the peak
+        parameter.grad = torch.zeros_like(parameter)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (step.sequences, step.length + 1)
+    ids = torch.randint(step.model.vocab_size or 0, sizes, generator=generator).to(device)
+    tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def run() -> None:
+        with autocast(device, step.precision):
+            loss, _ = model(tokens.clone(), targets)  # the tokens count too
+        (loss / tokens.numel()).backward()
+
+    sides = {}
+    for name, plan in policies.items():
+        recomputation = model.model.recomputation = Recomputation(plan)
+        with autocast(device, step.precision):
+            kept = measure.saved_bytes(model, tokens, targets)
+        terms = cost.saved_activations(step, plan, recomputation.added)
+        hidden = 0
+        if _head_is_hidden(step):
+            hidden = terms["head input gradient"] + terms["head weight gradient"]
+        closed_peak = cost.peak_activations(step, plan, recomputation.added)
+        gc.collect()
+        peak = measure.peak_bytes(run, device)
+        sides[name] = {
+            "plan": dataclasses.asdict(plan),
+            "guard_added": recomputation.added,
+            "kept": {
+                "measured": kept,
+                "closed_form": sum(terms.values()),
+                "hidden": hidden,
+                "difference": kept - (sum(terms.values()) - hidden),
+                "terms": terms,
+            },
+            "peak": {"measured": peak, "closed_form": closed_peak},
+        }
+    return sides
+
+
+def _head_is_hidden(step: Step) -> bool:
+    # Where the loss is torch's own (kernels.loss).
+    width, vocab_size = step.model.hidden_size, step.model.vocab_size or 0
+    torchs = loss_kernels.HAS_TORCH_BACKEND and step.precision == "fp32"
+    return torchs and step.rows >= width and vocab_size > width
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def block_time(given: Any) -> None:
+    device = torch.device(given.device)
+    model = shape(given)
+    step = Step(model, given.micro_batch, given.length, given.precision)
+    backbone = build(dataclasses.replace(model, vocab_size=8), seed=0, device=device).model
+    dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+    backbone.to(dtype)
+    blocks = backbone.blocks()
+    head_size = model.hidden_size // model.num_heads
+    tables = rope(0, given.length, head_size, model.rope_theta, device)
+    sizes = (given.micro_batch, given.length, model.hidden_size)
+    entering = torch.randn(sizes, device=device, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(sizes, device=device, dtype=dtype)
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def once(recomputation: Recomputation) -> float:
+        backbone.zero_grad(set_to_none=True)
+        entering.grad = None
+        synchronize()
+        start_s = time.perf_counter()
+        x, carry = entering, ()
+        with autocast(device, given.precision):  # as in Backbone.forward
+            for idx, run in enumerate(recomputation.steps(blocks, backbone.carry)):
+                x, *outputs = blocks[idx](x, tables, *carry, recompute=run)
+                carry = next_carry(backbone.carry, idx, carry, tuple(outputs))
+                del outputs
+        del carry
+        x.backward(upstream)
+        synchronize()
+        return time.perf_counter() - start_s
+
+    policies = {name: plan for name, plan in plans(step).items() if "thirds" not in name}
+    runs = {name: Recomputation(plan) for name, plan in policies.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(given.rounds + 1):
+        for name, recomputation in runs.items():
+            elapsed_s = once(recomputation)
+            if number:  # the first round is a warm-up
+                times[name].append(elapsed_s)
+    flops = {name: cost.block_flops(step, plan) for name, plan in policies.items()}
+    sides = {}
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, times["none"], strict=True)]
+        sides[name] = {
+            "plan": dataclasses.asdict(policies[name]),
+            "median_s": statistics.median(seconds),
+            "least_s": min(seconds),
+            "time_ratio_median_of_rounds": statistics.median(ratios),
+            "time_ratio_least_and_most": [min(ratios), max(ratios)],
+            "flops": flops[name],
+            "flop_ratio": sum(flops[name].values()) / sum(flops["none"].values()),
+            "kept_bytes": sum(cost.saved_activations(step, policies[name]).values()),
+            "peak_bytes": cost.peak_activations(step, policies[name]),
+        }
+    write("time", given, device, {"model": describe(model), "tokens": step.rows, "sides": sides})
+
+
+# --- error ----------------------------------------------------------------------------------------
+
+ARITHMETICS: dict[str, tuple[torch.dtype, Any]] = {
+    "fp32": (torch.float32, "compute"),
+    "bf16": (torch.bfloat16, "compute"),
+    "bf16, fp32 carry": (torch.bfloat16, "fp32"),
+}
+
+Chain = tuple[list[CRNetLinear], list[Tensor], list[Tensor]]
+"""Successive maps, their bottlenecks, and their outputs with the one below the first in front."""
+
+
+def rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+@torch.no_grad()
+def chain(gain: float, arithmetic: str, seed: int, given: Any) -> Chain:
+    """Inputs are Gaussian with RMS 1 in every row, as after a norm. Increments X A B have the RMS
+    with which outputs neither grow nor decay, sqrt(1 - gain^2); for a gain of 1, 0.3."""
+    dtype, carry_dtype = ARITHMETICS[arithmetic]
+    h, rank, depth = given.hidden, given.rank, max(given.layers)
+    generator = torch.Generator().manual_seed(seed)
+    increment = math.sqrt(1 - gain * gain) or 0.3
+
+    def gaussian(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator)
+
+    maps, bottlenecks = [], []
+    outputs = [gaussian(given.rows, h).to(torch.float32 if carry_dtype == "fp32" else dtype)]
+    for idx in range(1, depth + 1):
+        slot = Slot("q", idx, h, h, rank, depth + 1)
+        module = CRNetLinear(slot, CRNetOptions(carry_dtype=carry_dtype), init_std=1.0)
+        module.A.copy_(gaussian(h, rank) / h**0.5)
+        module.B.copy_(gaussian(rank, h) * (increment / rank**0.5))
+        module.beta.fill_(gain)
+        module.to(dtype)
+        x = gaussian(given.rows, h)
+        x = (x / x.square().mean(-1, keepdim=True).sqrt()).to(dtype)
+        maps.append(module)
+        bottlenecks.append(module.reduce(x))
+        outputs.append(module(x, outputs[-1]))
+    return maps, bottlenecks, outputs
+
+
+@torch.no_grad()
+def chain_errors(maps: list[CRNetLinear], bottlenecks: list[Tensor], outputs: list[Tensor]) -> Json:
+    y, off = outputs[-1], []
+    for module, z, wanted in zip(maps[::-1], bottlenecks[::-1], outputs[-2::-1], strict=True):
+        y = module.shrink(y, z)
+        off.append(rms(y.double() - wanted.double()))
+    relative = [it / rms(wanted) for it, wanted in zip(off, outputs[-2::-1], strict=True)]
+    y, replayed = outputs[0], []
+    for module, z in zip(maps, bottlenecks, strict=True):
+        y = module.expand(z, y)
+        replayed.append(y)
+    pairs = list(zip(replayed, outputs[1:], strict=True))
+    return {
+        "bottom": relative[-1],
+        "largest": max(relative),
+        "over_largest_output": max(off) / max(rms(y) for y in outputs),
+        "replay": max(rms(y.double() - wanted.double()) for y, wanted in pairs),
+        "replay_bit_equal": all(torch.equal(y, wanted) for y, wanted in pairs),
+    }
+
+
+def error(given: Any) -> None:
+    rows = []
+    for gain in given.gains:
+        for arithmetic in ARITHMETICS:
+            chains = [chain(gain, arithmetic, seed, given) for seed in range(given.seeds)]
+            unit = torch.finfo(chains[0][2][-1].dtype).eps / 2
+            for depth in given.layers:
+                seeds = [chain_errors(m[:depth], z[:depth], y[: depth + 1]) for m, z, y in chains]
+                bound = cost.invert_error([gain] * depth, unit)[-1]
+                rows.append(
+                    {
+                        "gain": gain,
+                        "arithmetic": arithmetic,
+                        "layers": depth,
+                        "invert_bottom": statistics.median(it["bottom"] for it in seeds),
+                        "invert_largest": statistics.median(it["largest"] for it in seeds),
+                        "invert_most_of_seeds": max(it["largest"] for it in seeds),
+                        "invert_over_largest_output": max(
+                            it["over_largest_output"] for it in seeds
+                        ),
+                        "bound": bound,
+                        "within_bound": all(it["over_largest_output"] <= bound for it in seeds),
+                        "replay": max(it["replay"] for it in seeds),
+                        "replay_bit_equal": all(it["replay_bit_equal"] for it in seeds),
+                    }
+                )
+    note = (
+        "RMS errors over the RMS of what the forward pass had: of the lowest output (bottom) and "
+        "of the worst of the chain (largest), medians over the seeds; over_largest_output: over "
+        "the largest RMS among the outputs, worst seed, which the bound is about"
+    )
+    write("error", given, torch.device("cpu"), {"note": note, "rows": rows})
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def run_config(
+    given: Any, precision: str, recompute: str, carry: str, tolerance: float | None = None
+) -> RunConfig:
+    h = given.hidden
+    guard = {} if tolerance is None else {"invert_tolerance": tolerance}
+    return config.override(
+        presets.get("tiny"),
+        model={
+            "num_layers": given.layers,
+            "hidden_size": h,
+            "intermediate_size": round(h / 3) * 8,
+            "num_heads": max(1, h // 32),
+            "crnet": {"carry_dtype": carry, "beta_init": given.beta_init},
+        },
+        data={
+            "source": tuple(given.source),
+            "text_key": given.text_key,
+            "vocab_size": given.vocab,
+            "sequence_length": given.length,
+            "validation_tokens": 65_536,
+        },
+        optimizer={"lr": given.lr},
+        train={
+            "steps": given.steps,
+            "batch_size": given.batch,
+            "precision": precision,
+            "recompute": recompute,
+            "threads": given.threads,
+            "device": "cpu",
+            "log_every_steps": 1,
+            "eval_every_steps": 0,
+            "save_every_steps": 0,
+        }
+        | guard,
+    )
+
+
+def training(given: Any) -> None:
+    bf16, published = given.bf16, recomputation_report.UNGUARDED
+    sides = {  # precision, policy, carry, tolerance; and the run it is compared with
+        "fp32 none": ("fp32", "none", "compute"),
+        "fp32 replay": ("fp32", "replay", "compute"),
+        "bf16 none": (bf16, "none", "compute"),
+        "bf16 replay": (bf16, "replay", "compute"),
+        "bf16 invert, guarded": (bf16, "invert", "compute"),
+        "bf16 invert, as published": (bf16, "invert", "compute", published),
+        "bf16 with fp32 carry none": (bf16, "none", "fp32"),
+        "bf16 with fp32 carry invert": (bf16, "invert", "fp32"),
+    }
+    found: dict[str, Json] = {}
+    with contextlib.ExitStack() as stack:
+        runs = given.runs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for name, words in sides.items():
+            where = runs / name.replace(" ", "-").replace(",", "")
+            run = found[name] = _trained(run_config(given, *words), where)
+            if words[1] == "none":
+                base = name
+            else:
+                run["against"] = {"run": base} | _difference(run, found[base])
+            print(f"{name}: {len(run['losses'])} steps", file=sys.stderr)
+        saved = checkpoint.resolve(runs / "fp32-none")
+        trained = _on_trained(saved, bf16)
+    model = describe(saved.config.model)
+    corpus = [Path(source).name for source in given.source]
+    result = {"model": model, "corpus": corpus, "bf16": bf16, "runs": found, "trained": trained}
+    write("train", given, torch.device("cpu"), result)
+
+
+def _trained(run: RunConfig, where: Path) -> Json:
+    """Train, or go on with what is there; losses, validation, what the guard kept."""
+    failed = None
+    try:
+        train.run(run, where, resume=(where / "run.json").exists(), progress=False)
+    except TrainingError as problem:
+        failed = str(problem)
+    rows = metrics.read(where / "metrics.jsonl")
+    speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
+    return {
+        "plan": config.read_json(where / "run.json")["recompute"],
+        "failed": failed,
+        "losses": [row["loss"] for row in rows if "loss" in row],
+        "validation": [row["val_loss"] for row in rows if "val_loss" in row],
+        "tokens_per_s_median": statistics.median(speeds),
+        "guard": [row for row in rows if "invert_also_keeps" in row],
+    }
+
+
+def _difference(run: Json, base: Json) -> Json:
+    pairs = list(zip(run["losses"], base["losses"], strict=False))
+    off = [abs(a - b) for a, b in pairs]
+    return {
+        "bit_equal": (run["losses"], run["validation"]) == (base["losses"], base["validation"]),
+        "first_step_that_differs": next((i for i, it in enumerate(off, 1) if it), None),
+        "largest": max(off),
+        "last": off[-1],
+        "mean_of_last_tenth": statistics.mean(a - b for a, b in pairs[-max(1, len(pairs) // 10) :]),
+        "validation": None if run["failed"] else run["validation"][-1] - base["validation"][-1],
+    }
+
+
+def _on_trained(saved: checkpoint.Checkpoint, bf16: str) -> Json:
+    """Gradients of one batch and rebuilt outputs of the model that was trained in fp32."""
+    run, narrow = saved.config, saved.model()
+    rows = data.Rows(data.prepare(run.data, progress=False), "train", run.data.sequence_length)
+    ((tokens, targets),) = data.Batches(rows, run.train.seed + 1, run.train.batch_size).next()
+    options = dataclasses.replace(run.model.crnet, carry_dtype="fp32")
+    wide = build(dataclasses.replace(run.model, crnet=options), seed=0)
+    wide.load_state_dict(narrow.state_dict())
+    maps = [block.linear(it) for block in narrow.model.blocks()[1:] for it in POSITIONS]
+    gains = sorted(abs(float(linear.gain())) for linear in maps)
+    step = Step(run.model, run.train.batch_size, run.data.sequence_length)
+    policies = {n: p for n, p in plans(step).items() if n not in ("none", "invert")}
+    num_layers = run.model.num_layers
+    for every in [it for it in (4, 8, 16, 32) if it <= num_layers]:
+        layers = parse_layers(f"every-{every}", num_layers)
+        plan = Plan("invert", layers, tolerance=recomputation_report.UNGUARDED)
+        policies[f"invert every {every}, as published"] = plan
+    policies["invert every 8, guarded"] = Plan("invert", parse_layers("every-8", num_layers))
+    found: Json = {
+        "gain_least_median_most": [gains[0], statistics.median(gains), gains[-1]],
+        "gradients": {},
+        "rebuilt_outputs": {},
+    }
+    in_fp32: dict[str, Tensor] = {}
+    for arithmetic in ARITHMETICS:
+        model = wide if "carry" in arithmetic else narrow
+        precision = "fp32" if arithmetic == "fp32" else bf16
+        model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        base = _gradients(model, Plan(), precision, tokens, targets)
+        in_fp32 = in_fp32 or base
+        compared = {"none, against none in fp32": _gradient_error(base, in_fp32)}
+        for name, plan in policies.items():
+            grads = _gradients(model, plan, precision, tokens, targets)
+            added = model.model.recomputation.added  # type: ignore[union-attr]
+            compared[name] = _gradient_error(grads, base) | {"guard_added": added}
+        found["gradients"][arithmetic] = compared
+        found["rebuilt_outputs"][arithmetic] = _rebuilt_errors(model, precision, tokens)
+    return found
+
+
+def _gradients(
+    model: LanguageModel, plan: Plan, precision: str, tokens: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    model.model.recomputation = Recomputation(plan)
+    with autocast(tokens.device, precision):
+        loss, _ = model(tokens, targets)
+    (loss / tokens.numel()).backward()
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _gradient_error(grads: dict[str, Tensor], base: dict[str, Tensor]) -> Json:
+    """Norms of differences over norms: of everything, of the worst tensor, of the worst beta."""
+    off = {name: float((grads[name] - base[name]).norm()) for name in base}
+    size = {name: float(base[name].norm()) for name in base}
+    found: Json = {
+        "bit_equal": not any(off.values()),
+        "whole": math.hypot(*off.values()) / math.hypot(*size.values()),
+    }
+    for kind in ("tensor", "beta"):
+        names = [name for name in base if name.endswith(".beta") == (kind == "beta")]
+        share = {name: off[name] / size[name] if size[name] else 0.0 for name in names}
+        worst = max(share, key=lambda name: share[name])
+        found |= {f"worst_{kind}": share[worst], f"worst_{kind}_is": worst}
+    return found
+
+
+@torch.no_grad()
+def _rebuilt_errors(model: LanguageModel, precision: str, tokens: Tensor) -> list[Json]:
+    """Outputs of a forward pass rebuilt downwards from those of the last block: the largest
+    relative RMS error over the positions, by layers crossed."""
+    seen: dict[Any, tuple[Tensor, Tensor]] = {}
+    blocks, model.model.recomputation = model.model.blocks(), None
+
+    def note(module: Any, given: Any, output: Tensor) -> None:
+        seen[module] = given[0], output
+
+    maps = {position: [block.linear(position) for block in blocks] for position in POSITIONS}
+    handles = [it.register_forward_hook(note) for its in maps.values() for it in its]
+    worst = [{"layers": idx, "largest": 0.0, "bound": 0.0} for idx in range(1, len(blocks))]
+    with autocast(tokens.device, precision):
+        model.model(tokens)
+        for modules in maps.values():
+            _, y = seen[modules[-1]]
+            crossed, below = modules[:0:-1], modules[-2::-1]
+            gains = [float(module.gain()) for module in crossed]
+            bounds = cost.invert_error(gains, torch.finfo(y.dtype).eps / 2)
+            for at, module in enumerate(crossed):
+                wanted = seen[below[at]][1]
+                y = module.shrink(y, module.reduce(seen[module][0])).to(wanted.dtype)
+                relative = rms(y.double() - wanted.double()) / rms(wanted)
+                worst[at]["largest"] = max(worst[at]["largest"], relative)
+                worst[at]["bound"] = max(worst[at]["bound"], bounds[at])
+    for handle in handles:
+        handle.remove()
+    return worst
+
+
+if __name__ == "__main__":
+    main()
