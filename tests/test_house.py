@@ -20,13 +20,13 @@ SOURCE = ROOT / "src" / "crnet"
 LAYERS = [
     ["registry"],
     ["config", "presets", "linears", "optimizers"],
-    ["cost"],
+    ["cost", "estimate", "planner", "paper_tables", "figures"],
     ["kernels"],
     ["recompute"],
     ["model"],
     ["corpus", "tokenizer", "data"],
     ["measure", "metrics", "generate", "evaluate", "checkpoint"],
-    ["train"],
+    ["train", "profile"],
     ["demo"],
     ["__main__"],
 ]

@@ -16,7 +16,7 @@ import time
 import tomllib
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import Parameter
@@ -28,6 +28,7 @@ from crnet.config import (
     SECTIONS,
     ConfigError,
     DataConfig,
+    Int,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -48,6 +49,9 @@ RUNS = Path("crnet-runs")
 """Where runs go that were given no ``--out``."""
 
 DEFAULT_PRESET = "tiny"
+
+CONFIGURED = ("train", "cost", "profile", "plan", "prepare", "evaluate")
+"""Commands whose settings come from presets and files too."""
 
 app = cyclopts.App(
     name="crnet",
@@ -123,6 +127,209 @@ def train(
         perplexity = f", validation perplexity {figures['val_perplexity']:.2f}"
         print(f"step {result.step}, {result.tokens:,} tokens{perplexity}")
     print(f"run folder {run_dir} (metrics.jsonl, loss.png), checkpoint {result.checkpoint}")
+
+
+@app.command
+def cost(
+    preset: str = DEFAULT_PRESET,
+    /,
+    *,
+    device: str | None = None,
+    ranks: int = 1,
+    plot: Path | None = None,
+    paper_table: Literal["1", "2", "3", "19", "22", "all"] | None = None,
+    markdown: Switch = False,
+    config: ConfigFiles = (),
+    as_json: Json = False,
+    model: ModelConfig = ModelConfig(),
+    data: DataConfig = DataConfig(),
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    train: TrainConfig = TrainConfig(),
+) -> None:
+    """Predict what a run takes: parameters, memory, FLOPs, communication, time. Nothing is run.
+
+    Parameters
+    ----------
+    preset
+        A recipe; crnet list names them.
+    device
+        Also the time of a step on a100-40g, a100-80g, h100, h200, cpu or FLOPS,GBPS (roofline).
+    ranks
+        Also the communication between so many devices.
+    plot
+        Draw memory and FLOPs of the parameterizations side by side, into PLOT.png and PLOT.svg.
+    paper_table
+        Instead: a table of the CR-Net paper, recomputed from its equations beside the print.
+    markdown
+        Print the paper's tables as Markdown.
+    config
+        YAML, TOML or JSON file with sections model, data, optimizer, train; several: the last wins.
+    as_json
+        Print the figures as JSON.
+    """
+    from crnet import estimate
+
+    if paper_table is not None:
+        _paper_tables(paper_table, markdown, as_json)
+        return
+    if markdown:
+        raise ConfigError("--markdown goes with --paper-table")
+    if ranks < 1:
+        raise ConfigError(f"--ranks is {ranks}; it must be 1 or more")
+    run_config = RunConfig(preset=preset, model=model, data=data, optimizer=optimizer, train=train)
+    check(run_config)
+    found = estimate.table(run_config, estimate.device(device) if device else None, ranks)
+    print(json.dumps(found, indent=1) if as_json else estimate.render(found))
+    if plot is not None:
+        from crnet import figures
+
+        for file in figures.plot(run_config, plot):
+            print(f"picture {file}", file=sys.stderr)
+
+
+def _paper_tables(number: str, markdown: bool, as_json: bool) -> None:
+    import dataclasses
+
+    from crnet import paper_tables
+
+    if markdown:
+        if number != "all":
+            raise ConfigError("--markdown writes all tables; say --paper-table all")
+        print(paper_tables.markdown(), end="")
+        return
+    wanted = paper_tables.TABLES if number == "all" else (int(number),)
+    tables = [paper_tables.table(each) for each in wanted]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(each) for each in tables], indent=1))
+        return
+    print("\n\n".join(paper_tables.render(each) for each in tables))
+
+
+@app.command
+def profile(
+    preset: str = DEFAULT_PRESET,
+    /,
+    *,
+    rounds: int = 3,
+    config: ConfigFiles = (),
+    as_json: Json = False,
+    model: ModelConfig = ModelConfig(),
+    data: DataConfig = DataConfig(),
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    train: TrainConfig = TrainConfig(),
+) -> None:
+    """Measure what cost predicts, on random tokens, and print both side by side.
+
+    Parameters
+    ----------
+    preset
+        A recipe; crnet list names them.
+    rounds
+        Steps that are timed.
+    config
+        YAML, TOML or JSON file with sections model, data, optimizer, train; several: the last wins.
+    as_json
+        Print the figures as JSON.
+    """
+    run_config = RunConfig(preset=preset, model=model, data=data, optimizer=optimizer, train=train)
+    check(run_config)
+    if rounds < 1:
+        raise ConfigError(f"--rounds is {rounds}; it must be 1 or more")
+
+    import torch
+
+    from crnet import estimate
+    from crnet.profile import measured
+    from crnet.train import pick_device
+
+    on = pick_device(train.device)
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    found = estimate.table(run_config, estimate.device("h200" if on.type == "cuda" else "cpu"))
+    seen = measured(run_config, on, rounds)
+    if as_json:
+        print(json.dumps({"predicted": found, "measured": seen}, indent=1))
+    else:
+        print(f"{'':36}{'predicted':>20}{'measured':>20}{'difference':>14}")
+        print(estimate.render(found, seen))
+
+
+@app.command
+def plan(
+    preset: str = DEFAULT_PRESET,
+    /,
+    *,
+    parameters: float | None = None,
+    state_gib: float | None = None,
+    memory_gib: float | None = None,
+    flops_frac: float | None = None,
+    like: str | None = None,
+    profile: str = "uniform",
+    multiple: Int = 1,
+    config: ConfigFiles = (),
+    as_json: Json = False,
+    model: ModelConfig = ModelConfig(),
+    data: DataConfig = DataConfig(),
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    train: TrainConfig = TrainConfig(),
+) -> None:
+    """Find the largest ranks within a budget, explain the choice, print the command that trains it.
+
+    Parameters
+    ----------
+    preset
+        A recipe; crnet list names them. Its ranks are replaced.
+    parameters
+        Most parameters of the whole model, for example 200e6.
+    state_gib
+        Most GiB of weights, gradients and optimizer state.
+    memory_gib
+        Most GiB in all, activations at their peak included, at the micro-batch given.
+    flops_frac
+        Most FLOPs of the blocks, as a share of full rank's.
+    like
+        As many parameters as full, lowrank:0.25h, lowrank:aligned-parameters; with @adamw behind,
+        as many bytes of state.
+    profile
+        uniform, flat, middle-heavy, lower-heavy, upper-heavy, or weights of the low-rank blocks
+        (1x7,1.5x8,1x8); /k=0.5 behind it weighs a position.
+    multiple
+        Divides every rank; 16, 32 or 64 suit hardware.
+    config
+        YAML, TOML or JSON file with sections model, data, optimizer, train; several: the last wins.
+    as_json
+        Print the figures as JSON.
+    """
+    import shlex
+
+    from crnet import planner
+
+    run_config = RunConfig(preset=preset, model=model, data=data, optimizer=optimizer, train=train)
+    if parameters is not None and not 0 < parameters < float("inf"):
+        raise ConfigError(f"--parameters is {parameters}; it must be above zero and finite")
+    budget = planner.Budget(
+        parameters=None if parameters is None else int(parameters),
+        state_gib=state_gib,
+        memory_gib=memory_gib,
+        flops_frac=flops_frac,
+        like=like,
+    )
+    found = planner.find(run_config, budget, planner.parse_profile(profile), multiple)
+    if as_json:
+        figures = {
+            "rank": found.rank,
+            "binding": found.binding,
+            "parameters": found.parameters,
+            "state_bytes": found.state_bytes,
+            "peak_bytes": found.peak_bytes,
+            "flops_frac": found.flops_frac,
+            "command": found.words,
+            "config": to_dict(found.config),
+        }
+        print(json.dumps(figures, indent=1))
+        return
+    print(found.explain())
+    print(f"\n{shlex.join(found.words)}")
 
 
 @app.command
@@ -391,7 +598,7 @@ def _layers(command: str, arguments: dict[str, Any]) -> tuple[Dict, ...]:
     """What stands behind the command line, the strongest first."""
     files = [(str(path), read_config_file(path)) for path in reversed(arguments.get("config", ()))]
     base: dict[str, Any] = {}
-    if command == "train":
+    if command in ("train", "cost", "profile", "plan"):
         if arguments.get("resume"):
             run_dir = arguments.get("out") or _newest_run()
             if os.path.exists(run_dir / "run.json"):
@@ -436,7 +643,7 @@ def main(argv: list[str] | None = None) -> None:
             if word.partition("=")[0] in [f"--{section}" for section in SECTIONS]:
                 flag = word.partition("=")[0]
                 raise ConfigError(f"{flag} is a section; name one of its keys, as {flag}.KEY VALUE")
-        if command in ("train", "prepare", "evaluate") and "--help" not in words:
+        if command in CONFIGURED and "--help" not in words:
             _, bound, _ = app.parse_args(words)
             app.config = _layers(command, bound.arguments)
         app(words)
