@@ -266,6 +266,7 @@ def plan(
     like: str | None = None,
     profile: str = "uniform",
     multiple: Int = 1,
+    table_10: Switch = False,
     config: ConfigFiles = (),
     as_json: Json = False,
     model: ModelConfig = ModelConfig(),
@@ -295,6 +296,8 @@ def plan(
         (1x7,1.5x8,1x8); /k=0.5 behind it weighs a position.
     multiple
         Divides every rank; 16, 32 or 64 suit hardware.
+    table_10
+        Instead: the ranks of the CR-Net paper's table 10 beside those found for the same targets.
     config
         YAML, TOML or JSON file with sections model, data, optimizer, train; several: the last wins.
     as_json
@@ -304,6 +307,17 @@ def plan(
 
     from crnet import planner
 
+    if table_10:
+        rows = planner.table_10()
+        if as_json:
+            print(json.dumps([vars(row) for row in rows], indent=1))
+            return
+        for row in rows:
+            print(
+                f"{row.preset:11}{row.alignment:20}{row.reading:11}{row.published:16}"
+                f"{row.found:18}{row.difference:>+8.2%}"
+            )
+        return
     run_config = RunConfig(preset=preset, model=model, data=data, optimizer=optimizer, train=train)
     if parameters is not None and not 0 < parameters < float("inf"):
         raise ConfigError(f"--parameters is {parameters}; it must be above zero and finite")

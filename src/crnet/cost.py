@@ -193,6 +193,18 @@ def guarded_layers(
     return tuple(sorted(kept))
 
 
+def added_at_first(step: Step, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """What ``invert``'s guard keeps beyond the plan before the first step (``added`` below)."""
+    if plan.policy != "invert":
+        return {}
+    model, num_layers = step.model, len(step.layers)
+    gain = linears.get(model.linear).initial_gain(getattr(model, model.linear, None))
+    unit = 2.0**-24 if step.layers[-1].item_bytes == 4 else 2.0**-8
+    kept = guarded_layers(plan.kept_layers, [gain] * num_layers, unit, plan.tolerance)
+    added = tuple(sorted({*kept} - {*plan.kept_layers, num_layers}))
+    return dict.fromkeys(POSITIONS, added) if added else {}
+
+
 # --- bytes that a step keeps ----------------------------------------------------------------------
 
 

@@ -153,8 +153,9 @@ def policies(config: RunConfig) -> dict[str, Plan]:
 
 def peak_bytes(config: RunConfig) -> int:
     """Weights, gradients, optimizer state, and the most that activations take beside them."""
-    plan = cost.plan(resolved(config))
-    return sum(state_bytes(config).values()) + cost.peak_activations(step_of(config), plan)
+    step, plan = step_of(config), cost.plan(resolved(config))
+    peak = cost.peak_activations(step, plan, cost.added_at_first(step, plan))
+    return sum(state_bytes(config).values()) + peak
 
 
 def step_flops(config: RunConfig, plan: Plan) -> dict[str, int]:
@@ -165,7 +166,8 @@ def step_flops(config: RunConfig, plan: Plan) -> dict[str, int]:
     """
     step, model = step_of(config), resolved(config).model
     num_micro = config.train.batch_size // step.sequences
-    blocks = {key: num_micro * its for key, its in cost.block_flops(step, plan).items()}
+    added = cost.added_at_first(step, plan)
+    blocks = {key: num_micro * its for key, its in cost.block_flops(step, plan, added).items()}
     rows = num_micro * step.rows
     head = 2 * rows * model.hidden_size * (model.vocab_size or 0)
     pairs = 4 * rows * model.hidden_size * model.num_layers  # per token attended to, forward
@@ -236,12 +238,16 @@ def table(config: RunConfig, on: Device | None = None, ranks: int = 1) -> Table:
     """Everything that ``crnet cost`` shows: section -> term -> number."""
     plans, step, states = policies(config), step_of(config), state_bytes(config)
     chosen = cost.plan(resolved(config))
-    kept = {name: sum(cost.saved_activations(step, it).values()) for name, it in plans.items()}
-    peaks = {name: cost.peak_activations(step, it) for name, it in plans.items()}
+    added = {name: cost.added_at_first(step, it) for name, it in plans.items()}
+    kept = {
+        name: sum(cost.saved_activations(step, it, added[name]).values())
+        for name, it in plans.items()
+    }
+    peaks = {name: cost.peak_activations(step, it, added[name]) for name, it in plans.items()}
     logits = step.rows * (step.model.vocab_size or 0) * 4
     found: Table = {
         "parameters": dict(num_parameters(config)),
-        "state, bytes": states | {"total": sum(states.values())},
+        f"state, bytes; {config.train.precision}": states | {"total": sum(states.values())},
         f"activations kept, bytes; micro-batch {step.sequences} x {step.length}": kept,
         "activations at the peak, bytes": dict(peaks),
         "logits, bytes": {"all rows at once, never held": logits},
@@ -255,7 +261,10 @@ def table(config: RunConfig, on: Device | None = None, ranks: int = 1) -> Table:
             config, ranks
         )
     if on is not None:
-        title = f"seconds of a step on {on.name}, recompute {chosen.policy} (roofline)"
+        title = (
+            f"seconds of a step on {on.name}, recompute {chosen.policy}; roofline: "
+            f"{on.flops_per_s / 1e12:g} TFLOPS, {on.bytes_per_s / 1e9:g} GB/s, nothing overlapped"
+        )
         found[title] = step_seconds(config, chosen, on)
     return found
 

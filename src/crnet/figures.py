@@ -28,8 +28,9 @@ def bars(config: RunConfig) -> tuple[dict[str, dict[str, float]], dict[str, dict
         step, states = estimate.step_of(its), estimate.state_bytes(its)
         for name, plan in estimate.policies(its).items():
             bar = f"{linear}, {name}"
-            peak = cost.peak_activations(step, plan)
-            kept = sum(cost.saved_activations(step, plan).values())
+            added = cost.added_at_first(step, plan)
+            peak = cost.peak_activations(step, plan, added)
+            kept = sum(cost.saved_activations(step, plan, added).values())
             memory[bar] = {term: states[term] / GIB for term in STATES} | {
                 "activations kept": min(kept, peak) / GIB,
                 "more at the peak": max(peak - kept, 0) / GIB,

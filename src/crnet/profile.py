@@ -70,10 +70,10 @@ class Probe:
             "head forward": head // 3,
             "head backward": head - head // 3,
         }
-        seconds = self.seconds(chosen)
         plans = estimate.policies(config)
         kept = {name: self.kept(plan) for name, plan in plans.items()}
         peaks = {name: self.peak(plan) for name, plan in plans.items()}
+        seconds = self.seconds(chosen)  # last: steps move the betas that invert's guard looks at
         values: dict[str, dict[str, float]] = {
             "parameters": dict(self.parameters()),
             "state": dict(self.state()),

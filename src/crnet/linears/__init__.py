@@ -90,6 +90,10 @@ class Method(Protocol):
         """Of an item of the outputs of a slot that has a carry."""
         ...
 
+    def initial_gain(self, options: Any) -> float:
+        """What the carry is multiplied with before the first step; 1 where there is none."""
+        ...
+
     def groups(self, slot: Slot, options: Any) -> dict[str, Group]:
         """The optimizer's treatment of each trained parameter of the module, by its name there."""
         ...

@@ -94,6 +94,9 @@ class CRNet:
     def carry_bytes(self, options: CRNetOptions, compute_bytes: int) -> int:
         return 4 if options.carry_dtype == "fp32" else compute_bytes
 
+    def initial_gain(self, options: CRNetOptions) -> float:
+        return options.beta_init
+
     def groups(self, slot: Slot, options: CRNetOptions) -> dict[str, Group]:
         if not slot.rank:
             return {"weight": Group()}

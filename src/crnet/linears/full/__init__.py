@@ -32,6 +32,9 @@ class Full:
     def carry_bytes(self, options: Any, compute_bytes: int) -> int:
         return compute_bytes
 
+    def initial_gain(self, options: Any) -> float:
+        return 1.0
+
     def groups(self, slot: Slot, options: Any) -> dict[str, Group]:
         return {"weight": Group()}
 

@@ -55,6 +55,9 @@ class LowRank:
     def carry_bytes(self, options: LowRankOptions, compute_bytes: int) -> int:
         return compute_bytes
 
+    def initial_gain(self, options: LowRankOptions) -> float:
+        return 1.0
+
     def groups(self, slot: Slot, options: LowRankOptions) -> dict[str, Group]:
         return {name: Group(lr_factor=options.lr_factor) for name in ("A", "B")}
 
