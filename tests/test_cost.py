@@ -132,17 +132,22 @@ def test_saved_bytes_are_exact_for_llama_60m(policy: str):
     assert saved_bytes(built(step, plan), *batch(step)) == seen_by_hooks(step, terms)
 
 
-@pytest.mark.parametrize(("num_layers", "kept"), [(4, (4,)), (8, (8,)), (9, (4, 8)), (16, (8,))])
-def test_invert_keeps_what_equation_38_says(num_layers: int, kept: tuple[int, ...]):
-    h, f, r, rows = 32, 96, 8, 4 * 16
-    model = ModelConfig(
-        hidden_size=h,
-        intermediate_size=f,
+def uniform(num_layers: int) -> ModelConfig:
+    """One rank everywhere, ungrouped keys: what eq. 38 and 39 are about."""
+    return ModelConfig(
+        hidden_size=32,
+        intermediate_size=96,
         num_layers=num_layers,
         num_heads=4,
-        rank=str(r),
+        rank="8",
         vocab_size=53,
     )
+
+
+@pytest.mark.parametrize(("num_layers", "kept"), [(4, (4,)), (8, (8,)), (9, (4, 8)), (16, (8,))])
+def test_invert_keeps_what_equation_38_says(num_layers: int, kept: tuple[int, ...]):
+    model = uniform(num_layers)
+    h, f, r, rows = model.hidden_size, model.intermediate_size, int(model.rank), 4 * 16
     terms = cost.saved_activations(Step(model, 4, 16), Plan("invert", kept))
     b = len({*kept, num_layers})
     printed = (num_layers + 5 * b) * rows * h + 2 * b * rows * f + 7 * (num_layers - 1) * rows * r
@@ -154,15 +159,8 @@ def test_invert_keeps_what_equation_38_says(num_layers: int, kept: tuple[int, ..
 
 @pytest.mark.parametrize(("num_layers", "kept"), [(4, (4,)), (9, (4, 8)), (16, (8, 16))])
 def test_invert_repeats_what_equation_39_says(num_layers: int, kept: tuple[int, ...]):
-    h, f, r, s = 32, 96, 8, 16
-    model = ModelConfig(
-        hidden_size=h,
-        intermediate_size=f,
-        num_layers=num_layers,
-        num_heads=4,
-        rank=str(r),
-        vocab_size=53,
-    )
+    model = uniform(num_layers)
+    h, f, r, s = model.hidden_size, model.intermediate_size, int(model.rank), 16
     b = len({*kept, num_layers})
     # The print counts gate and up's products, 4 s f r, and five of width h; L - |A| layers.
     printed = (num_layers - b) * (10 * s * h * r + 4 * s * f * r) + 4 * num_layers * s * s * h
