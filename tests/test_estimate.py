@@ -65,7 +65,7 @@ def test_the_whole_table_of_llama_60m():
         train={"batch_size": 2, "micro_batch_size": 1, "recompute": "replay"},
     )
     found = estimate.table(config, estimate.device("cpu"))
-    seen = measured(config, CPU, rounds=1)
+    seen = measured(config, found, CPU, rounds=1)
     assert {section.split(",")[0].split(";")[0] for section in seen} >= {
         "parameters",
         "state",

@@ -246,7 +246,7 @@ def profile(
     if train.threads:
         torch.set_num_threads(train.threads)
     found = estimate.table(run_config, estimate.device("h200" if on.type == "cuda" else "cpu"))
-    seen = measured(run_config, on, rounds)
+    seen = measured(run_config, found, on, rounds)
     if as_json:
         print(json.dumps({"predicted": found, "measured": seen}, indent=1))
     else:

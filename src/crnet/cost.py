@@ -166,9 +166,13 @@ def invert_error(gains: Sequence[float], unit: float) -> list[float]:
     """
     error, bounds = 0.0, []
     for gain in gains:
-        error = (error + 2 * unit) / abs(gain) + 3 * unit if gain else math.inf
+        error = _crossed(error, gain, unit)
         bounds.append(error)
     return bounds
+
+
+def _crossed(error: float, gain: float, unit: float) -> float:
+    return (error + 2 * unit) / abs(gain) + 3 * unit if gain else math.inf
 
 
 def guarded_layers(
@@ -182,14 +186,13 @@ def guarded_layers(
         unit, tolerance: ``invert_error``.
     """
     kept = {*kept_layers, len(gains)}
-    top = len(gains)
+    bound = 0.0
     for layer in range(len(gains) - 1, 0, -1):
-        crossed = [gains[above - 1] for above in range(top, layer, -1)]
-        bound = invert_error(crossed, unit)[-1]
+        bound = _crossed(bound, gains[layer], unit)  # that of the layer above: it is crossed
         if not (bound <= tolerance and math.isfinite(bound)):  # whatever the tolerance, never nan
             kept.add(layer)
         if layer in kept:
-            top = layer
+            bound = 0.0
     return tuple(sorted(kept))
 
 
@@ -327,7 +330,7 @@ def block_flops(
             if not layer.bottlenecks[-1]
         )
     elif plan.policy != "none":
-        repeated = sum(_rebuilt_products(step, plan, added))
+        repeated = _rebuilt_products(step, plan, added)
         repeated += 0 if plan.keep_attention else attention
     return {
         "forward": products + attention,
@@ -336,13 +339,10 @@ def block_flops(
     }
 
 
-def _rebuilt_products(
-    step: Step, plan: Plan, added: Mapping[str, Sequence[int]] | None
-) -> list[int]:
-    """FLOPs of Z B that rebuild outputs, by the layer whose Z and B they are."""
+def _rebuilt_products(step: Step, plan: Plan, added: Mapping[str, Sequence[int]] | None) -> int:
+    """FLOPs of the products Z B that rebuild outputs."""
     layers = step.layers
     method = linears.get(step.model.linear)
-    flops = [0] * len(layers)
     if plan.policy == "invert":
         kept = inverted_layers(plan, len(layers), added)
         wanted = [
@@ -360,10 +360,8 @@ def _rebuilt_products(
             for at in range(len(POSITIONS))
             if idx not in spared
         ]
-    for idx, at in wanted:
-        slot = layers[idx].slots[at]
-        flops[idx] += 2 * step.rows * method.bottleneck(slot) * slot.out_size
-    return flops
+    slots = [layers[idx].slots[at] for idx, at in wanted]
+    return sum(2 * step.rows * method.bottleneck(slot) * slot.out_size for slot in slots)
 
 
 # --- the peak -------------------------------------------------------------------------------------
@@ -460,19 +458,29 @@ def _alive_above(step: Step, plan: Plan, bottom: int, idx: int) -> int:
 # --- the choice of a plan -------------------------------------------------------------------------
 
 
+def step_of(config: RunConfig) -> Step:
+    """A micro-batch of a run; ``model.vocab_size`` is known."""
+    train = config.train
+    return Step(
+        config.model,
+        train.micro_batch_size or train.batch_size,
+        config.data.sequence_length,
+        train.precision,
+    )
+
+
+def published_layers(num_layers: int) -> tuple[int, ...]:
+    """The paper's set A without the last layer, which is always in it: every 8th."""
+    return tuple(range(8, num_layers, 8))
+
+
 def plan(config: RunConfig) -> Plan:
     """The plan that a configuration asks for; ``model.vocab_size`` is known.
 
     Raises:
         ConfigError: no policy fits ``train.activation_budget_gib``; names the least it would take.
     """
-    train = config.train
-    step = Step(
-        config.model,
-        train.micro_batch_size or train.batch_size,
-        config.data.sequence_length,
-        train.precision,
-    )
+    train, step = config.train, step_of(config)
     keep_attention = train.recompute_attention == "keep"
     if train.recompute == "auto":
         return cheapest(step, (train.activation_budget_gib or 0) * 2**30, train.invert_tolerance)
@@ -482,7 +490,7 @@ def plan(config: RunConfig) -> Plan:
     if train.recompute_layers is not None:
         layers = parse_layers(train.recompute_layers, num_layers)
     elif train.recompute == "invert":
-        layers = parse_layers("every-8", num_layers)
+        layers = published_layers(num_layers)
     else:
         layers = least_peak(step, keep_attention)
     layers = tuple(layer for layer in layers if layer < num_layers)
@@ -500,7 +508,7 @@ def cheapest(step: Step, budget_bytes: float, tolerance: float = 0.05) -> Plan:
     for keep in (True, False):
         candidates.append(Plan("replay", least_peak(step, keep), keep, tolerance))
         if step.carry == "below" and step.layers[-1].item_bytes == 4:
-            layers = parse_layers("every-8", len(step.layers))
+            layers = published_layers(len(step.layers))
             candidates.append(Plan("invert", layers, keep, tolerance))
     peaks = {it: peak_activations(step, it) for it in candidates}
     fitting = [it for it in candidates if peaks[it] <= budget_bytes]

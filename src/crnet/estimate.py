@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from crnet import cost, linears, optimizers
 from crnet.config import ConfigError, ModelConfig, RunConfig
@@ -126,13 +125,7 @@ def state_bytes(config: RunConfig) -> dict[str, int]:
 
 def step_of(config: RunConfig) -> Step:
     """A micro-batch of the run."""
-    train = config.train
-    return Step(
-        resolved(config).model,
-        train.micro_batch_size or train.batch_size,
-        config.data.sequence_length,
-        train.precision,
-    )
+    return cost.step_of(resolved(config))
 
 
 def policies(config: RunConfig) -> dict[str, Plan]:
@@ -145,7 +138,7 @@ def policies(config: RunConfig) -> dict[str, Plan]:
         "replay": Plan("replay", cost.least_peak(step)),
     }
     if step.carry == "below":
-        usual["invert"] = Plan("invert", tuple(range(8, len(step.layers), 8)))
+        usual["invert"] = Plan("invert", cost.published_layers(len(step.layers)))
     if config.train.recompute == "auto" or config.train.recompute not in usual:
         return usual
     return usual | {config.train.recompute: cost.plan(resolved(config))}
@@ -301,8 +294,3 @@ def _difference(predicted: float, seen: float) -> str:
     if predicted == seen:
         return "0"
     return f"{predicted / seen - 1:+.2%}" if seen else "new"
-
-
-def plain(found: Table) -> dict[str, Any]:
-    """For JSON."""
-    return {section: dict(terms) for section, terms in found.items()}

@@ -27,16 +27,17 @@ from crnet.model import build
 from crnet.recompute import Recomputation
 
 
-def measured(config: RunConfig, device: torch.device, rounds: int = 3) -> Table:
-    """``estimate.table`` of the same configuration, measured; terms it cannot measure are missing.
+def measured(config: RunConfig, predicted: Table, device: torch.device, rounds: int = 3) -> Table:
+    """The sections of ``predicted`` measured; terms that cannot be are missing.
 
     Args:
         config: as for training; ``train.batch_size`` rows a step, in micro-batches.
+        predicted: ``estimate.table`` of it.
         device: where.
         rounds: steps that are timed, after one that is not; their median is reported.
     Cost: a model, its gradients and optimizer state; a handful of micro-batches a policy.
     """
-    return Probe(config, device, rounds).table()
+    return Probe(config, device, rounds).table(predicted)
 
 
 class Probe:
@@ -58,15 +59,15 @@ class Probe:
             for _ in range(2)
         )
 
-    def table(self) -> Table:
+    def table(self, predicted: Table) -> Table:
         config, num_micro = self.config, self.config.train.batch_size // self.step.sequences
         chosen = cost.plan(config)
-        backward = {name: self.backward_flops(it) for name, it in self.both(chosen).items()}
+        backward = self.backward_flops(Plan())
         forward, head = self.forward_flops()
         flops = {
             "blocks forward": forward,
-            "blocks backward": backward["none"],
-            "recomputation": backward["chosen"] - backward["none"],
+            "blocks backward": backward,
+            "recomputation": self.backward_flops(chosen) - backward,
             "head forward": head // 3,
             "head backward": head - head // 3,
         }
@@ -85,7 +86,6 @@ class Probe:
             },
             "seconds": {"total": seconds},
         }
-        predicted = estimate.table(config, estimate.device("cpu"))
         found: Table = {}
         for section in predicted:
             for start, terms in values.items():
@@ -95,15 +95,15 @@ class Probe:
         found["memory at the peak, bytes"] = {name: total + it for name, it in peaks.items()}
         return found
 
-    def both(self, chosen: Plan) -> dict[str, Plan]:
-        return {"none": Plan(), "chosen": chosen}
-
     def use(self, plan: Plan) -> None:
         self.model.model.recomputation = Recomputation(plan)
 
+    def autocast(self) -> torch.autocast:
+        mixed = self.config.train.precision == "bf16-mixed"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
+
     def forward(self) -> Tensor:
-        precision = self.config.train.precision
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with self.autocast():
             total, _ = self.model(self.tokens, self.targets)
         return total
 
@@ -127,11 +127,8 @@ class Probe:
 
     def kept(self, plan: Plan) -> int:
         self.use(plan)
-        precision = self.config.train.precision
-        with (
-            loss.chunked_everywhere(),  # torch's own keeps the head's gradients out of sight
-            torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"),
-        ):
+        # torch's own loss keeps the head's gradients out of sight.
+        with loss.chunked_everywhere(), self.autocast():
             return saved_bytes(self.model, self.tokens, self.targets)
 
     def peak(self, plan: Plan) -> int:

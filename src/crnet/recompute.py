@@ -44,7 +44,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from crnet.cost import Plan, guarded_layers
+from crnet.cost import Plan, guarded_layers, segments
 from crnet.kernels.precision import compute_dtype
 from crnet.linears import POSITIONS
 
@@ -422,10 +422,9 @@ class _Keep(torch.autograd.Function):
 
 
 def _replay(plan: Plan, num_blocks: int, carry: str) -> list[Step]:
-    tops = sorted({*plan.kept_layers, num_blocks})
     made: list[Step] = []
     segment = None
-    for bottom, top in zip([0, *tops], tops, strict=False):
+    for bottom, top in segments(plan, num_blocks):
         segment = _Segment(bottom, top, carry, plan.keep_attention, below=segment)
         made += segment.steps()
     return made
@@ -519,7 +518,6 @@ class _Inverted:
 
     def run(self, block: Any, x_BTD: Tensor, rope: Any, carry: Tensors) -> Tensors:
         stream, outputs, known = self.cell.run(block, x_BTD, rope, carry)
-        self.dtypes = [it.dtype for it in carry]
         self.is_dense = [
             _address(z) == _address(y) for z, y in zip(known.reduced, known.outputs, strict=True)
         ]
@@ -550,7 +548,7 @@ class _Inverted:
         if any(self.cell.requires_grad[1:]):  # somebody asks for it
             self.handed[self.idx - 1] = below
         for position, is_kept, dtype in zip(
-            POSITIONS, self.is_kept_below, self.dtypes, strict=False
+            POSITIONS, self.is_kept_below, self.cell.dtypes[1:], strict=False
         ):
             if is_kept:
                 carry.append(next(tensors))

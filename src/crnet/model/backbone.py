@@ -162,7 +162,9 @@ class Backbone(nn.Module):
 
     def blocks(self) -> list[Block]:
         """The blocks, bottom first."""
-        return [block for block in self.layers if isinstance(block, Block)]
+        found = [block for block in self.layers if isinstance(block, Block)]
+        assert len(found) == len(self.layers), "a wrapped block would be passed over"
+        return found
 
 
 class LanguageModel(nn.Module):
