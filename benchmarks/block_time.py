@@ -21,13 +21,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from crnet import linears, presets
-from crnet.config import ModelConfig
+from crnet import linears
+from crnet.config import presets
+from crnet.config.sections import ModelConfig
 from crnet.kernels import naive
 from crnet.linears.crnet import module as crnet_module
-from crnet.model import build
 from crnet.model.attention import rope
-from crnet.train import describe_code, describe_device
+from crnet.model.backbone import build
+from crnet.train.run import describe_code, describe_device
 
 SIDES = ("full", "crnet", "plain", "lowrank")
 

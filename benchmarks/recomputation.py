@@ -36,16 +36,24 @@ import torch
 from recomputation_report import Json, describe, eq_38_items, plans, write
 from torch import Tensor
 
-from crnet import checkpoint, config, cost, data, measure, metrics, presets, train
-from crnet.config import ModelConfig, RunConfig, TrainingError, parse_layers
-from crnet.cost import Plan, Step
+from crnet.config import presets
+from crnet.config import sections as config
+from crnet.config.check import parse_layers
+from crnet.config.sections import ModelConfig, RunConfig
+from crnet.cost import activations as cost
+from crnet.cost.activations import Plan, Step
+from crnet.data import shards as data
+from crnet.errors import TrainingError
 from crnet.kernels import loss as loss_kernels
 from crnet.linears import POSITIONS, Slot
 from crnet.linears.crnet import CRNetOptions
 from crnet.linears.crnet.module import CRNetLinear
-from crnet.model import LanguageModel, build
+from crnet.measure import memory as measure
 from crnet.model.attention import rope
-from crnet.recompute import Recomputation, next_carry
+from crnet.model.backbone import LanguageModel, build
+from crnet.recompute.engine import Recomputation, next_carry
+from crnet.storage import checkpoint, metrics
+from crnet.train import run as train
 
 
 def main() -> None:

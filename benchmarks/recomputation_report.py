@@ -16,9 +16,13 @@ from typing import Any
 
 import torch
 
-from crnet import cost, linears, presets, train
-from crnet.config import ModelConfig, parse_layers
-from crnet.cost import Plan, Step
+from crnet import linears
+from crnet.config import presets
+from crnet.config.check import parse_layers
+from crnet.config.sections import ModelConfig
+from crnet.cost import activations as cost
+from crnet.cost.activations import Plan, Step
+from crnet.train import run as train
 
 UNGUARDED = 1e30
 """A tolerance that no error of ``invert`` passes: the paper's algorithm as published."""

@@ -21,8 +21,8 @@ import sweep
 import torch
 
 from crnet import linears
-from crnet.config import ModelConfig
-from crnet.train import describe_code, describe_device
+from crnet.config.sections import ModelConfig
+from crnet.train.run import describe_code, describe_device
 
 GRID = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 SEEDS = (0, 1, 2)

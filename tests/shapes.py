@@ -1,6 +1,6 @@
 """Shapes that several test files share."""
 
-from crnet.config import ModelConfig
+from crnet.config.sections import ModelConfig
 
 TINY = ModelConfig(
     hidden_size=16,

@@ -24,9 +24,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from crnet import checkpoint, data, metrics, train
-from crnet.checkpoint import CHECKSUMS, DESCRIPTION, STATE, WEIGHTS
-from crnet.config import ConfigError, RunConfig, override, to_dict
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import override, to_dict
+from crnet.data import shards as data
+from crnet.errors import ConfigError
+from crnet.storage import checkpoint, metrics
+from crnet.storage.checkpoint import CHECKSUMS, DESCRIPTION, STATE, WEIGHTS
+from crnet.train import run as train
 from test_train import run, tiny, weights_of
 
 TOKENIZER = "tokenizer.json"
@@ -143,7 +147,7 @@ def test_stopped_by_a_signal_during_an_evaluation(
 
     for resume in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("crnet.evaluate.validation_batches", signalled)
+            patch.setattr("crnet.inference.evaluate.validation_batches", signalled)
             result = run(tiny(corpus), tmp_path / "run", resume=resume)
         assert (result.step, result.finished) == (0, False)
     assert run(tiny(corpus), tmp_path / "run", resume=True).finished
@@ -283,7 +287,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
 def with_new_sums(folder: Path, name: str) -> None:
     sums = json.loads((folder / CHECKSUMS).read_text())
     path = folder / name
-    sums[name] = {"bytes": path.stat().st_size, "sha256": checkpoint._sha256(path)}
+    sums[name] = {"bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)}
     (folder / CHECKSUMS).write_text(json.dumps(sums))
 
 
@@ -464,8 +468,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
     [
         "safetensors.torch.save_file",
         "torch.save",
-        "crnet.checkpoint._write_json",
-        "crnet.checkpoint._sync",
+        "crnet.storage.checkpoint.write_json",
+        "crnet.storage.checkpoint.sync",
     ],
 )
 def test_full_disk_leaves_the_earlier_checkpoints(

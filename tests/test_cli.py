@@ -22,10 +22,13 @@ import pytest
 import torch
 
 import crnet
-from crnet import checkpoint, linears, optimizers, presets
-from crnet import train as training
-from crnet.__main__ import app, main
-from crnet.config import ModelConfig, RunConfig, from_dict
+from crnet import linears, optimizers
+from crnet.cli.commands import app, main
+from crnet.config import presets
+from crnet.config.sections import ModelConfig, RunConfig
+from crnet.config.serialize import from_dict
+from crnet.storage import checkpoint
+from crnet.train import run as training
 from test_train import rows_of, weights_of
 
 Flags = dict[str, str]
@@ -153,7 +156,7 @@ def test_commit_is_the_one_of_the_working_tree(trained: tuple[Path, dict[str, An
     manifest = json.loads((trained[0] / "run.json").read_text())
     here = Path(crnet.__file__).parent
     tracked = subprocess.run(
-        ["git", "-C", str(here), "ls-files", "--error-unmatch", "train.py"], capture_output=True
+        ["git", "-C", str(here), "ls-files", "--error-unmatch", "errors.py"], capture_output=True
     )
     if tracked.returncode:
         assert (manifest["commit"], manifest["dirty"]) == (None, None)

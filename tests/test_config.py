@@ -13,17 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from crnet import linears, optimizers, presets
-from crnet.config import (
-    SECTIONS,
-    ConfigError,
-    RunConfig,
-    check,
-    from_dict,
-    override,
-    read_json,
-    to_dict,
-)
+from crnet import linears, optimizers
+from crnet.config import presets
+from crnet.config.check import check
+from crnet.config.sections import SECTIONS, RunConfig
+from crnet.config.serialize import from_dict, override, read_json, to_dict
+from crnet.errors import ConfigError
 
 # Fixed here, so that a change of the defaults moves no message.
 BASE = override(
@@ -134,7 +129,7 @@ def test_every_field_says_what_it_is() -> None:
     import ast
     import inspect
 
-    from crnet import config as module
+    from crnet.config import sections as module
 
     for name in ("ModelConfig", "DataConfig", "OptimizerConfig", "TrainConfig"):
         (tree,) = ast.parse(inspect.getsource(getattr(module, name))).body

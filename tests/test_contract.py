@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 import crnet
-from crnet import config as crnet_config
 from crnet import linears, optimizers
-from crnet.config import ModelConfig, OptimizerConfig
-from crnet.model import LanguageModel, build
+from crnet.config import sections as crnet_config
+from crnet.config.check import check
+from crnet.config.sections import ModelConfig, OptimizerConfig
+from crnet.model.backbone import LanguageModel, build
 
 OPTIMIZER = OptimizerConfig(lr=2e-2, weight_decay=0.01)
 STEPS = 20
@@ -198,12 +199,12 @@ def test_declarations_import_no_torch():
     """Listing, checking and costing every method of every preset loads no torch."""
     program = """
 import sys
-import crnet.config, crnet.linears, crnet.optimizers, crnet.presets
+import crnet.config.check, crnet.config.presets, crnet.linears, crnet.optimizers
 from dataclasses import replace
 for name in crnet.linears.names():
-    for _, recipe in crnet.presets.PRESETS.values():
+    for _, recipe in crnet.config.presets.PRESETS.values():
         model = replace(recipe.model, linear=name, rank="0.25h", vocab_size=100)
-        crnet.config.check(replace(recipe, model=model))
+        crnet.config.check.check(replace(recipe, model=model))
         assert sum(crnet.linears.num_parameters(model).values()) > 0
         for slot in crnet.linears.slots(model):
             crnet.linears.get(name).groups(slot, getattr(model, name, None))
@@ -279,4 +280,4 @@ def test_default_configuration_names_registered_methods():
     run = crnet_config.RunConfig()
     assert run.model.linear in linears.names()
     assert run.optimizer.name in optimizers.names()
-    crnet_config.check(run)
+    check(run)

@@ -13,13 +13,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from crnet import cost, presets
-from crnet.config import ConfigError, ModelConfig, RunConfig, override, parse_layers
-from crnet.cost import Plan, Step
+from crnet.config import presets
+from crnet.config.check import parse_layers
+from crnet.config.sections import ModelConfig, RunConfig
+from crnet.config.serialize import override
+from crnet.cost import activations as cost
+from crnet.cost.activations import Plan, Step
+from crnet.errors import ConfigError
 from crnet.linears.crnet import CRNetOptions
-from crnet.measure import peak_bytes, saved_bytes
-from crnet.model import LanguageModel, build
-from crnet.recompute import Recomputation
+from crnet.measure.memory import peak_bytes, saved_bytes
+from crnet.model.backbone import LanguageModel, build
+from crnet.recompute.engine import Recomputation
 
 GIB = 2**30
 

@@ -28,8 +28,11 @@ from hypothesis import strategies as st
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from crnet import corpus, data, tokenizer
-from crnet.config import ConfigError, DataConfig
+from crnet.config.sections import DataConfig
+from crnet.data import shards as data
+from crnet.data import sources as corpus
+from crnet.data import tokenizer
+from crnet.errors import ConfigError
 
 SHARED = Path(os.environ.get("CRNET_SHARED") or Path(__file__).parents[2] / "shared")
 TOKENIZERS = SHARED / "data" / "tokenizers"
@@ -547,8 +550,9 @@ def test_killed_preparation_leaves_no_folder(tmp_path: Path, bpe: Path) -> None:
     said = small(tmp_path, bpe)
     script = (
         "import itertools, time, sys\n"
-        "from crnet import corpus, data\n"
-        "from crnet.config import DataConfig\n"
+        "from crnet.data import shards as data\n"
+        "from crnet.data import sources as corpus\n"
+        "from crnet.config.sections import DataConfig\n"
         "read = corpus.documents\n"
         "def slow(config):\n"
         "    yield from itertools.islice(read(config), 100)\n"

@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from crnet import cost, estimate, figures, presets
-from crnet.__main__ import main
-from crnet.config import ConfigError, RunConfig, override
-from crnet.cost import Plan
+from crnet.cli.commands import main
+from crnet.config import presets
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import override
+from crnet.cost import activations as cost
+from crnet.cost import table as estimate
+from crnet.cost.activations import Plan
+from crnet.errors import ConfigError
 from crnet.linears.crnet import CRNetOptions
-from crnet.profile import Probe, measured
+from crnet.measure.profile import Probe, measured
+from crnet.report import cost_plot as figures
 from test_cost import WIDE, random_case
 
 CPU = torch.device("cpu")

@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from crnet import linears, tokenizer
-from crnet.config import ConfigError, ModelConfig, Sampling, check_sampling
-from crnet.generate import complete, draw, filter_logits, generate
-from crnet.model import LanguageModel, build
+from crnet import linears
+from crnet.config.sections import ModelConfig
+from crnet.data import tokenizer
+from crnet.errors import ConfigError
+from crnet.inference.generate import complete, draw, filter_logits, generate
+from crnet.inference.sampling import Sampling, check_sampling
+from crnet.model.backbone import LanguageModel, build
 
 VOCAB = 61
 EOS = 0

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from crnet import linears, presets
-from crnet.config import ModelConfig
+from crnet import linears
+from crnet.config import presets
+from crnet.config.sections import ModelConfig
 from crnet.linears import POSITIONS, Slot, parse_ranks
 from crnet.linears.crnet import CRNetOptions
 from crnet.linears.crnet.module import EPS, CRNetLinear, gain
 from crnet.linears.full.module import FullLinear
 from crnet.linears.lowrank import LowRankOptions
 from crnet.linears.lowrank.module import LowRankLinear, init_factors
-from crnet.model import LanguageModel, build
+from crnet.model.backbone import LanguageModel, build
 from shapes import TINY
 
 

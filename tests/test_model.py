@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crnet import linears, presets
-from crnet.config import ModelConfig
+from crnet import linears
+from crnet.config import presets
+from crnet.config.sections import ModelConfig
 from crnet.linears import POSITIONS
 from crnet.linears.crnet import CRNetOptions
 from crnet.linears.lowrank import LowRankOptions
-from crnet.model import LanguageModel, attention, build
+from crnet.model import attention
+from crnet.model.backbone import LanguageModel, build
 from shapes import TINY
 
 FP64 = 1e-12

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crnet import cost, linears
-from crnet import paper_tables as paper
-from crnet.cost import Plan, Step
-from crnet.paper_tables import reads_as
+from crnet import linears
+from crnet.cost import activations as cost
+from crnet.cost.activations import Plan, Step
+from crnet.paper import tables as paper
+from crnet.paper.tables import reads_as
 
 GIB = 2**30
 SHAPES = {  # table 9: L, h, f

@@ -12,12 +12,19 @@ from typing import Any
 
 import pytest
 
-from crnet import __main__ as command_line
-from crnet import cost, estimate, linears, planner, presets
-from crnet.config import ConfigError, ModelConfig, RunConfig, check, override
-from crnet.cost import Plan, Step
+from crnet import linears
+from crnet.cli import commands as command_line
+from crnet.config import presets
+from crnet.config.check import check
+from crnet.config.sections import ModelConfig, RunConfig
+from crnet.config.serialize import override
+from crnet.cost import activations as cost
+from crnet.cost import rank_search as planner
+from crnet.cost import table as estimate
+from crnet.cost.activations import Plan, Step
+from crnet.cost.rank_search import PROFILES, Budget, Found, Profile, find, parse_profile, table_10
+from crnet.errors import ConfigError
 from crnet.linears import POSITIONS
-from crnet.planner import PROFILES, Budget, Found, Profile, find, parse_profile, table_10
 
 GIB = 2**30
 
@@ -547,8 +554,8 @@ def test_what_table_3_prints_for_the_baselines(
 
 TIMED = """
 import sys, time
-from crnet import presets
-from crnet.planner import Budget, Profile, find, parse_profile
+from crnet.config import presets
+from crnet.cost.rank_search import Budget, Profile, find, parse_profile
 for preset, parameters in (("llama-7b", 3e9), ("llama-70b", 3e10)):
     start_s = time.process_time()
     budget = Budget(parameters=int(parameters), state_gib=parameters * 16.5 / 2**30, flops_frac=0.5)

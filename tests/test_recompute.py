@@ -21,14 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from crnet.config import ModelConfig
-from crnet.cost import Plan, invert_error
+from crnet.config.sections import ModelConfig
+from crnet.cost.activations import Plan, invert_error
 from crnet.linears import POSITIONS, Slot
 from crnet.linears.crnet import CRNetOptions
 from crnet.linears.crnet.module import CRNetLinear
-from crnet.model import LanguageModel
-from crnet.model.backbone import Block
-from crnet.recompute import Recomputation, rebuild_down, rebuild_up
+from crnet.model.backbone import Block, LanguageModel
+from crnet.recompute.engine import Recomputation, rebuild_down, rebuild_up
 from shapes import TINY
 from test_model import error, random_tokens, randomised
 

@@ -19,17 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from crnet import checkpoint, data, metrics, train
-from crnet.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    override,
-)
-from crnet.evaluate import evaluate
+from crnet.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from crnet.config.serialize import override
+from crnet.data import shards as data
+from crnet.errors import ConfigError
+from crnet.inference.evaluate import evaluate
+from crnet.storage import checkpoint, metrics
+from crnet.train import run as train
 
 LINEARS = ("crnet", "full", "lowrank")
 GOLDEN = Path(__file__).with_name("golden_losses.json")

@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from crnet import train
-from crnet.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from crnet.cost import Plan, Step, peak_activations
+from crnet.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
+from crnet.cost.activations import Plan, Step, peak_activations
 from crnet.kernels import naive
 from crnet.kernels.carried import carried_lowrank
-from crnet.measure import peak_bytes
-from crnet.model import build
-from crnet.recompute import Recomputation
+from crnet.measure.memory import peak_bytes
+from crnet.model.backbone import build
+from crnet.recompute.engine import Recomputation
+from crnet.train import run as train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crnet.cost import LOSS_CHUNK_ITEMS
+from crnet.kernels.loss_chunks import LOSS_CHUNK_ITEMS
 from crnet.kernels.precision import cast
 
 IGNORED = -100

@@ -28,7 +28,7 @@ from crnet.registry import discover, find
 if TYPE_CHECKING:
     from torch import nn
 
-    from crnet.config import ModelConfig
+    from crnet.config.sections import ModelConfig
 
 POSITIONS: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from crnet import linears, optimizers, recompute
-from crnet.config import ModelConfig
+from crnet import linears, optimizers
+from crnet.config.sections import ModelConfig
 from crnet.kernels.elementwise import rms_norm
 from crnet.kernels.loss import IGNORED, linear_cross_entropy
 from crnet.model.attention import Attention, LayerCache, Maps, Mix, Rope, rope
 from crnet.model.feedforward import FeedForward
+from crnet.recompute import engine as recompute
 
 
 class RMSNorm(nn.Module):

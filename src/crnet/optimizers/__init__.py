@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from crnet.config import OptimizerConfig
+    from crnet.config.sections import OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from crnet.config import OptimizerConfig
+    from crnet.config.sections import OptimizerConfig
     from crnet.optimizers import Group
 
 

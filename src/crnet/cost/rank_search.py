@@ -15,9 +15,15 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
-from crnet import cost, estimate, linears, optimizers, presets
-from crnet.config import ConfigError, RunConfig, check, override, to_dict
-from crnet.cost import Plan, Step
+from crnet import linears, optimizers
+from crnet.config import presets
+from crnet.config.check import check
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import override, to_dict
+from crnet.cost import activations as cost
+from crnet.cost import table as estimate
+from crnet.cost.activations import Plan, Step
+from crnet.errors import ConfigError
 from crnet.linears import POSITIONS
 
 GIB = 2**30

@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from crnet import cost, estimate, optimizers
-from crnet.config import RunConfig
-from crnet.cost import Plan
-from crnet.estimate import Table
+from crnet import optimizers
+from crnet.config.sections import RunConfig
+from crnet.cost import activations as cost
+from crnet.cost import table as estimate
+from crnet.cost.activations import Plan
+from crnet.cost.table import Table
 from crnet.kernels import loss
-from crnet.measure import peak_bytes, saved_bytes
-from crnet.model import build
-from crnet.recompute import Recomputation
+from crnet.measure.memory import peak_bytes, saved_bytes
+from crnet.model.backbone import build
+from crnet.recompute.engine import Recomputation
 
 
 def measured(config: RunConfig, predicted: Table, device: torch.device, rounds: int = 3) -> Table:

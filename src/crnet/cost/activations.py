@@ -18,11 +18,11 @@ from functools import cached_property
 from typing import Literal
 
 from crnet import linears
-from crnet.config import ConfigError, ModelConfig, RunConfig, parse_layers
+from crnet.config.check import parse_layers
+from crnet.config.sections import ModelConfig, RunConfig
+from crnet.errors import ConfigError
+from crnet.kernels.loss_chunks import LOSS_CHUNK_ITEMS
 from crnet.linears import POSITIONS
-
-LOSS_CHUNK_ITEMS = 1 << 23
-"""Logits that the chunked loss holds at once: 32 MiB of fp32."""
 
 Policy = Literal["none", "block", "invert", "replay"]
 Precision = Literal["fp32", "bf16-mixed", "bf16"]

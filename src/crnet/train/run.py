@@ -22,13 +22,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import crnet
-from crnet import checkpoint, cost, data, metrics, optimizers
-from crnet.checkpoint import Progress
-from crnet.config import ConfigError, RunConfig, TrainingError, check, read_json, to_dict
-from crnet.evaluate import Evaluation, evaluate_unless
+from crnet import optimizers
+from crnet.config.check import check
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import read_json, to_dict
+from crnet.cost import activations as cost
+from crnet.data import shards as data
+from crnet.errors import ConfigError, TrainingError
+from crnet.inference.evaluate import Evaluation, evaluate_unless
 from crnet.linears import num_parameters
-from crnet.model import LanguageModel, build
-from crnet.recompute import Recomputation
+from crnet.model.backbone import LanguageModel, build
+from crnet.recompute.engine import Recomputation
+from crnet.report.loss_plot import plot_losses
+from crnet.storage import checkpoint, files, metrics
+from crnet.storage.checkpoint import Progress
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
         for block in model.model.layers:
             block.compile()
 
-    with checkpoint.writing(run_dir):
+    with files.writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_manifest(run_dir, config, plan, prepared, hashes, device, at.step)
         log = metrics.Metrics(
@@ -239,7 +246,7 @@ class _Loop:
         finished = at.step >= train.steps and at.step in evaluations
         if not finished and not self.saved(at.step):
             self.save(at, tokenizer)
-        metrics.plot_losses(
+        plot_losses(
             {self.config.model.linear: metrics.read(self.log.path)}, self.run_dir / "loss.png"
         )
         return Result(
@@ -488,7 +495,7 @@ def write_manifest(
         },
         "earlier_starts": earlier,
     }
-    checkpoint.write_atomically(path, json.dumps(manifest, indent=1) + "\n")
+    files.write_atomically(path, json.dumps(manifest, indent=1) + "\n")
 
 
 def describe_code() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from crnet.data import Rows, validation_batches
-from crnet.model import LanguageModel
+from crnet.data.shards import Rows, validation_batches
+from crnet.model.backbone import LanguageModel
 
 TOKENS_AT_ONCE = 8192
 """Input tokens in one forward pass of an evaluation."""

@@ -18,8 +18,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from crnet import linears, presets
-from crnet.config import ModelConfig
+from crnet import linears
+from crnet.config import presets
+from crnet.config.sections import ModelConfig
 
 GIB = 2**30
 VOCAB_SIZE = 32_000  # LLaMA-2's; the paper does not say

@@ -6,8 +6,12 @@ import dataclasses
 import warnings
 from pathlib import Path
 
-from crnet import cost, estimate, linears
-from crnet.config import ConfigError, RunConfig, check
+from crnet import linears
+from crnet.config.check import check
+from crnet.config.sections import RunConfig
+from crnet.cost import activations as cost
+from crnet.cost import table as estimate
+from crnet.errors import ConfigError
 
 GIB = 2**30
 STATES = ("weights", "gradients", "optimizer state")

@@ -23,7 +23,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from crnet.config import ConfigError, read_json
+from crnet.config.serialize import read_json
+from crnet.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 """The end token of a trained tokenizer, id 0."""

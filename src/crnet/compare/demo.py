@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 
-from crnet import cost, generate, metrics, train
-from crnet.checkpoint import load
-from crnet.config import ConfigError, RunConfig, override
-from crnet.measure import saved_bytes
-from crnet.model import build
-from crnet.recompute import Recomputation
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import override
+from crnet.cost import activations as cost
+from crnet.errors import ConfigError
+from crnet.inference import generate
+from crnet.inference.sampling import Sampling
+from crnet.measure.memory import saved_bytes
+from crnet.model.backbone import build
+from crnet.recompute.engine import Recomputation
+from crnet.report.loss_plot import plot_losses
+from crnet.storage import metrics
+from crnet.storage.checkpoint import load
+from crnet.train import run as train
 
 LINEARS = ("crnet", "full")
 POLICIES = ("none", "block", "replay")
@@ -52,7 +59,7 @@ def run(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any
             "checkpoint": str(result.checkpoint),
         }
     curves = {linear: metrics.read(out / linear / "metrics.jsonl") for linear in figures["rows"]}
-    metrics.plot_losses(curves, out / "loss.png")
+    plot_losses(curves, out / "loss.png")
     figures["prompt"] = PROMPT
     figures["sample"] = _sample(Path(figures["rows"]["crnet"]["checkpoint"]))
     return figures
@@ -69,7 +76,7 @@ def _saved_bytes(folder: Path, recompute: str) -> int:
 
 def _sample(folder: Path) -> str:
     saved = load(folder)
-    sampling = generate.Sampling(max_tokens=120, temperature=0.8, top_p=0.95, seed=1)
+    sampling = Sampling(max_tokens=120, temperature=0.8, top_p=0.95, seed=1)
     return "".join(generate.complete(saved.model(), saved.tokenizer(), PROMPT, sampling))
 
 

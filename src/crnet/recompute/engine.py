@@ -44,7 +44,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from crnet.cost import Plan, guarded_layers, segments
+from crnet.cost.activations import Plan, guarded_layers, segments
 from crnet.kernels.precision import compute_dtype
 from crnet.linears import POSITIONS
 

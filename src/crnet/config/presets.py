@@ -9,14 +9,8 @@ grid in LOG.md.
 
 from __future__ import annotations
 
-from crnet.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
+from crnet.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from crnet.errors import ConfigError
 
 
 def _published(

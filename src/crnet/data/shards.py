@@ -38,10 +38,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from tqdm import tqdm
 
-from crnet import corpus, tokenizer
-from crnet.config import ConfigError, DataConfig, read_json, to_dict
-from crnet.corpus import Document, Split
-from crnet.tokenizer import Tokenizer
+from crnet.config.sections import DataConfig
+from crnet.config.serialize import read_json, to_dict
+from crnet.data import sources as corpus
+from crnet.data import tokenizer
+from crnet.data.sources import Document, Split
+from crnet.data.tokenizer import Tokenizer
+from crnet.errors import ConfigError
 
 FORMAT = 1
 """Version of the layout; part of the key, so a new one never reads an old folder."""

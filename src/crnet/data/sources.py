@@ -36,7 +36,8 @@ from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any, Literal
 
-from crnet.config import ConfigError, DataConfig
+from crnet.config.sections import DataConfig
+from crnet.errors import ConfigError
 
 WHOLE_FILE_CHARS = 64 * 1024
 """With ``documents="auto"``, a text file up to this long is one document."""

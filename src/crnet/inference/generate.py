@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from crnet.config import ConfigError, Sampling, sampling_problems
-from crnet.model import LanguageModel
+from crnet.data.tokenizer import Tokenizer
+from crnet.errors import ConfigError
+from crnet.inference.sampling import Sampling, sampling_problems
 from crnet.model.attention import LayerCache
-from crnet.tokenizer import Tokenizer
+from crnet.model.backbone import LanguageModel
 
 _UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 

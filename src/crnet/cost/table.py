@@ -12,9 +12,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from crnet import cost, linears, optimizers
-from crnet.config import ConfigError, ModelConfig, RunConfig
-from crnet.cost import Plan, Step
+from crnet import linears, optimizers
+from crnet.config.sections import ModelConfig, RunConfig
+from crnet.cost import activations as cost
+from crnet.cost.activations import Plan, Step
+from crnet.errors import ConfigError
 from crnet.linears import POSITIONS
 
 GIB = 2**30

@@ -14,14 +14,9 @@ only afterwards.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +27,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from crnet.config import ConfigError, RunConfig, from_dict, read_json, to_dict
-from crnet.model import LanguageModel, build
-from crnet.tokenizer import Tokenizer, load_saved
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import from_dict, read_json, to_dict
+from crnet.data.tokenizer import Tokenizer, load_saved
+from crnet.errors import ConfigError
+from crnet.model.backbone import LanguageModel, build
+from crnet.storage.files import UNFINISHED, sha256, sync, write_json
 
 FORMAT = 1
 WEIGHTS, STATE, DESCRIPTION, CHECKSUMS = (
@@ -43,7 +41,6 @@ WEIGHTS, STATE, DESCRIPTION, CHECKSUMS = (
     "checkpoint.json",
     "checksums.json",
 )
-_UNFINISHED = ".unfinished-"
 
 
 @dataclass(frozen=True)
@@ -120,10 +117,10 @@ def save(
     """
     root = run_dir / "checkpoints"
     target = root / f"step_{progress.step}"
-    unfinished = root / f"{_UNFINISHED}{target.name}"
+    unfinished = root / f"{UNFINISHED}{target.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(f"{_UNFINISHED}*"):  # of a process that was killed
+        for leftover in root.glob(f"{UNFINISHED}*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir()
         weights = {  # a tied head is listed once, as the embedding
@@ -139,20 +136,20 @@ def save(
             "config": to_dict(config),
             "extra": extra,
         }
-        _write_json(unfinished / DESCRIPTION, description)
+        write_json(unfinished / DESCRIPTION, description)
         tokenizer.save(unfinished)
         sums = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(unfinished.iterdir())
         }
-        _write_json(unfinished / CHECKSUMS, sums)
+        write_json(unfinished / CHECKSUMS, sums)
         for path in unfinished.iterdir():
-            _sync(path)
-        _sync(unfinished)
+            sync(path)
+        sync(unfinished)
         if target.exists():  # the same step saved twice: the newer copy replaces the older one
             _remove(target)
         unfinished.rename(target)
-        _sync(root)
+        sync(root)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -186,18 +183,6 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
             if reason:
                 raise reason[0] from None
             raise
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write ``path`` into a ``ConfigError`` that names it and the mend."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or make it "
-            "writable, then go on with --resume"
-        ) from error
 
 
 def found(run_dir: Path) -> list[Path]:
@@ -254,7 +239,7 @@ def load(folder: Path) -> Checkpoint:
             raise ConfigError(f"{path}: missing; the checkpoint is not whole")
         if (size := path.stat().st_size) != wanted["bytes"]:
             raise ConfigError(f"{path}: truncated ({size} bytes of {wanted['bytes']})")
-        if _sha256(path) != wanted["sha256"]:
+        if sha256(path) != wanted["sha256"]:
             raise ConfigError(f"{path}: altered (its sha256 is not the one in {CHECKSUMS})")
     for name in (WEIGHTS, STATE, DESCRIPTION):
         if name not in sums:
@@ -281,36 +266,7 @@ def _step(folder: Path) -> int:
 
 def _remove(folder: Path) -> None:
     # Renamed first: a removal cut short must not leave something that looks like a checkpoint.
-    doomed = folder.with_name(f"{_UNFINISHED}{folder.name}-old")
+    doomed = folder.with_name(f"{UNFINISHED}{folder.name}-old")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all, also after a power cut."""
-    unfinished = path.with_name(_UNFINISHED + path.name)
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        _sync(unfinished)
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,185 @@
+"""What a run is: frozen dataclasses, their validation, and their way to and from plain dicts.
+
+A field's docstring is its ``--help`` line; a field's default is what a user gets who says nothing.
+Nothing here imports torch, so that ``crnet --help`` and ``crnet list`` answer at once.
+
+``ConfigError`` carries every problem found, not the first: each says what came, what was wanted
+and how to mend it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from crnet.linears.crnet import CRNetOptions
+from crnet.linears.lowrank import LowRankOptions
+
+
+def _whole(_: Any, tokens: Any) -> int:
+    # cyclopts would round 2.5 steps to 2 without a word.
+    word, source = tokens[0].value, tokens[0].source
+    if not re.fullmatch(r"[+-]?\d+", word.strip()):
+        at = "" if source == "cli" else f" from {source}"
+        raise ValueError(f"{word!r}{at} is not a whole number (int)")
+    return int(word)
+
+
+Int = Annotated[int, Parameter(converter=_whole)]
+"""A whole number, from the command line or a file; a fraction is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of the model and the parameterization of its linear maps."""
+
+    linear: str = "crnet"
+    """Parameterization of the seven linear maps of every block: crnet, full or lowrank."""
+    rank: str = "0.25h"
+    """Ranks, bottom block first: 96 | 96x3,112x4 | 0.25h | aligned-parameters | aligned-memory.
+    One position apart from the rest: 96x7/v=128x7/down=128x7. For crnet they are those of blocks
+    2..L, for lowrank of blocks 1..L."""
+    hidden_size: Int = 192
+    """Model width h."""
+    intermediate_size: Int = 512
+    """Feed-forward width f."""
+    num_layers: Int = 8
+    """Blocks L."""
+    num_heads: Int = 6
+    """Query heads."""
+    num_kv_heads: Int | None = None
+    """Key/value heads (grouped-query attention); none: as many as query heads."""
+    vocab_size: Int | None = None
+    """Rows of the embedding; none: the tokenizer's."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary embedding."""
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding as the head."""
+    init_std: float = 0.02
+    """Standard deviation of every dense weight, and of the product of every pair of factors."""
+    crnet: CRNetOptions = CRNetOptions()
+    lowrank: LowRankOptions = LowRankOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The corpus, the tokenizer, and how tokens become rows."""
+
+    source: tuple[str, ...] = ("python",)
+    """Corpus: files, folders or globs (text, .jsonl, .parquet, also .gz .xz .zst), a Hugging Face
+    data set (allenai/c4, or a folder in its layout), or python: the standard library's own text."""
+    validation_source: tuple[str, ...] = ()
+    """Validation corpus, as source; none: the source's own validation split, else a share of it."""
+    validation_frac: float = 0.05
+    """Share of the documents, chosen by their hash, that is held out where no split exists."""
+    validation_tokens: Int = 10_000_000
+    """Most tokens an evaluation reads."""
+    subset: str | None = None
+    """Configuration of a Hugging Face data set (for example en)."""
+    text_key: str | None = None
+    """Field of a JSON or parquet record that holds the text; several as title,abstract.
+    None: text, content, ... whichever is there."""
+    documents: Literal["auto", "file", "paragraph", "line"] = "auto"
+    """What one document of a text file is; auto: the file, long files cut at blank lines."""
+    max_documents: Int | None = None
+    """Read at most so many documents of the source (none: all; sources without an end need one)."""
+    tokenizer: str = "train"
+    """A tokenizer.json, a SentencePiece .model, a Hugging Face name or folder, or train: byte-level
+    BPE trained on the corpus."""
+    vocab_size: Int = 4096
+    """Entries of a trained tokenizer."""
+    sequence_length: Int = 256
+    """Tokens in a row."""
+    rows: Literal["packed", "document"] = "packed"
+    """packed: rows cut from the stream of documents; document: one a row, cut or padded."""
+    cache_dir: Path | None = None
+    """Where prepared tokens are kept; none: $XDG_CACHE_HOME/crnet, else ~/.cache/crnet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its schedule."""
+
+    name: str = "adamw"
+    """Optimizer."""
+    lr: float = 1.5e-3
+    """Peak learning rate; low-rank factors take a share of it (model.LINEAR.lr-factor)."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices."""
+    warmup_frac: float = 0.1
+    """Share of the steps over which the rate rises linearly."""
+    min_lr_frac: float = 0.1
+    """Share of the peak rate at which the cosine ends."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: Int = 300
+    """Optimizer steps."""
+    batch_size: Int = 8
+    """Sequences per step."""
+    micro_batch_size: Int | None = None
+    """Sequences per forward pass; none: the whole batch at once."""
+    seed: Int = 0
+    """Seed of the initial weights and of the order of the data."""
+    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
+    """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: everything bf16."""
+    recompute: Literal["none", "block", "invert", "replay", "auto"] = "none"
+    """What the backward pass computes again instead of keeping it. none; block: whole blocks;
+    replay: maps' outputs, upwards from kept ones, exact to the bit; invert: the same downwards (the
+    paper's algorithm 1), not exact; auto: the fastest that fits the budget."""
+    recompute_layers: str | None = None
+    """Blocks, from 1, whose outputs replay and invert keep: 4,8,12 or every-8; none: those of the
+    least peak (replay), every 8th (invert)."""
+    recompute_attention: Literal["rerun", "keep"] = "rerun"
+    """replay and invert: run attention again, or keep its output."""
+    invert_tolerance: float = 0.05
+    """invert keeps more blocks' outputs where the bound of the relative error would pass this."""
+    activation_budget_gib: float | None = None
+    """auto: most memory for activations and their gradients, in GiB."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU where there is one."""
+    threads: Int | None = None
+    """CPU threads of torch; none: torch's choice."""
+    log_every_steps: Int = 10
+    """Steps between two training rows of metrics.jsonl."""
+    eval_every_steps: Int = 100
+    """Steps between two evaluations; 0: only before the first and after the last step."""
+    save_every_steps: Int = 100
+    """Steps between two checkpoints; 0: only after the last step."""
+    keep_checkpoints: Int = 2
+    """Newest checkpoints kept; 0: all."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's numbers."""
+
+    preset: str = "tiny"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+
+SECTIONS = ("model", "data", "optimizer", "train")

@@ -1,0 +1,106 @@
+"""A configuration to and from plain dicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from crnet.config.sections import RunConfig
+from crnet.errors import ConfigError
+
+
+def override(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
+    """Return ``config`` with some keys of its sections replaced.
+
+    >>> override(RunConfig(), model={"linear": "full"}, train={"steps": 3}).train.steps
+    3
+    """
+    return dataclasses.replace(
+        config, **{name: _replace(getattr(config, name), keys) for name, keys in sections.items()}
+    )
+
+
+def _replace(section: Any, keys: Mapping[str, Any]) -> Any:
+    known = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    changed: dict[str, Any] = {}
+    for key, value in keys.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"unknown key {key!r} of {type(section).__name__}{hint}")
+        nested = dataclasses.is_dataclass(known[key]) and isinstance(value, Mapping)
+        changed[key] = _replace(known[key], value) if nested else value
+    return dataclasses.replace(section, **changed)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists, strings and numbers: what JSON and YAML can hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Inverse of ``to_dict``. Raises ``ConfigError`` on an unknown key or a wrong type."""
+    return _build(RunConfig, values, "")
+
+
+def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    problems = [f"unknown key {where}{key}" for key in sorted(set(values) - known)]
+    built = {}
+    for key in sorted(set(values) & known):
+        try:
+            built[key] = _coerce(hints[key], values[key], where + key)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return cls(**built)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return _build(hint, value, where + ".")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(args[0], item, where) for item in value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ConfigError(f"{where} is {value!r}, which is not a {getattr(hint, '__name__', hint)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or broken file is a ``ConfigError`` that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: altered (it holds no JSON object)")
+    return value
