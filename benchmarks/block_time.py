@@ -1,130 +1,161 @@
 """Forward and backward time of the blocks alone: full rank, CR-Net, its plain version, low rank.
 
     python benchmarks/block_time.py [--preset llama-130m] [--micro-batch 4] [--rounds 12] [--out F]
+    python benchmarks/block_time.py --quick [--out F]     # a tiny shape, a few seconds
 
 The sides are timed in turn, round after round, in one process, so that a drift of the machine's
 speed meets all of them; the first round is a warm-up. Quoted: medians, and the ratio to full rank.
 ``plain`` is CR-Net computed by ``kernels.naive`` and differentiated by autograd.
+
+JSON: benchmark, date, command, preset, tokens, threads, device, code, rounds, full_median_s, sides.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from crnet import linears
 from crnet.config import presets
-from crnet.config.sections import ModelConfig
+from crnet.config.model_spec import ModelSpec, model_spec
+from crnet.config.sections import ModelConfig, choose
+from crnet.cost.flops import block_flops
+from crnet.cost.micro_batch import MicroBatch
 from crnet.kernels import naive
+from crnet.layers.block import run_blocks
 from crnet.linears.crnet import module as crnet_module
-from crnet.model.attention import rope
-from crnet.model.backbone import build
-from crnet.train.run import describe_code, describe_device
+from crnet.model.build import build
+from crnet.recompute.plan import RecomputePlan
+from crnet.storage.manifest import describe_code, describe_device
 
 SIDES = ("full", "crnet", "plain", "lowrank")
+QUICK = "--preset tiny --micro-batch 1 --length 32 --rounds 2"
 
 
-def side_config(side: str, base: ModelConfig) -> ModelConfig:
-    """The shape of one side. Low rank has CR-Net's ranks, and in block 1 that of block 2: it is low
-    rank throughout, so its FLOPs are fewer than CR-Net's."""
+def side_spec(side: str, base: ModelConfig) -> ModelSpec:
+    """The blocks of one side. Low rank has CR-Net's ranks, and in block 1 that of block 2: it is
+    low rank throughout, so its FLOPs are fewer than CR-Net's."""
+    base = dataclasses.replace(base, vocab_size=8)  # the head and the embedding are not timed
+    crnet = choose(base, "linear", "crnet")
+    if side == "full":
+        return model_spec(choose(base, "linear", "full"))
     if side == "lowrank":
-        ranks = [slot.rank for slot in linears.slots(base) if slot.position == "q"][1:]
-        return dataclasses.replace(
-            base, linear="lowrank", rank=",".join(map(str, [ranks[0], *ranks]))
-        )
-    return dataclasses.replace(base, linear="full" if side == "full" else "crnet")
+        ranks = [block[0].rank for block in model_spec(crnet).slots[1:]]
+        rank = ",".join(map(str, [ranks[0], *ranks]))
+        return model_spec(dataclasses.replace(choose(base, "linear", "lowrank"), rank=rank))
+    return model_spec(crnet)
 
 
-def block_flops(config: ModelConfig, tokens: int, length: int) -> int:
+def flops(spec: ModelSpec, sequences: int, length: int) -> int:
     """FLOPs of one forward and backward of the blocks; attention counted in full, not causal."""
-    method = linears.get(config.linear)
-    weights = sum(method.matrix_items(slot) for slot in linears.slots(config))
-    attention = 2 * 2 * length * config.hidden_size * config.num_layers
-    return 3 * tokens * (2 * weights + attention)
+    return sum(block_flops(MicroBatch(spec, sequences, length), RecomputePlan()).values())
 
 
 class Blocks(nn.Module):
     """The blocks of a model, from residual stream to residual stream."""
 
-    def __init__(self, config: ModelConfig, length: int):
+    def __init__(self, spec: ModelSpec, length: int):
         super().__init__()
-        backbone = build(dataclasses.replace(config, vocab_size=8), seed=0).model
-        self.layers, self.carries = backbone.layers, backbone.carry == "below"
-        head_size = config.hidden_size // config.num_heads
-        self.rope = rope(0, length, head_size, config.rope_theta, torch.device("cpu"))
+        self.backbone = build(spec, seed=0).model
+        self.context = spec.architecture.context(
+            spec.shape, spec.architecture_options, 0, length, torch.device("cpu"), None
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        carry: tuple[Tensor, ...] = ()
-        for block in self.layers:
-            x, *outputs = block(x, self.rope, *carry)
-            carry = tuple(outputs) if self.carries else ()
-        return x
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        (x_BTD,) = run_blocks(self.backbone.blocks(), (x_BTD,), self.context)
+        return x_BTD
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def plain_lowrank(x: Tensor, a: Tensor, b: Tensor, carry: Tensor, gain: Tensor, **_: Any) -> Tensor:
+    """``kernels.naive`` with the arguments of the fused map."""
+    return naive.carried_lowrank(x, a, b, carry, gain)
+
+
+def once(side: str, model: Blocks, x: Tensor, dy: Tensor) -> float:
+    """Seconds of one forward and backward."""
+    model.zero_grad(set_to_none=True)
+    plain: Any = contextlib.nullcontext()
+    if side == "plain":
+        plain = mock.patch.object(crnet_module, "carried_lowrank", plain_lowrank)
+    with plain:
+        start_s = time.perf_counter()
+        model(x).backward(dy)
+        return time.perf_counter() - start_s
+
+
+def measure(specs: dict[str, ModelSpec], given: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds by side, a figure a round."""
+    models = {side: Blocks(spec, given.length) for side, spec in specs.items()}
+    shape = (given.micro_batch, given.length, specs["full"].shape.hidden_size)
+    x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    times: dict[str, list[float]] = {side: [] for side in specs}
+    for number in range(given.rounds + 1):
+        for side, model in models.items():
+            elapsed_s = once(side, model, x, dy)
+            if number:
+                times[side].append(elapsed_s)
+    return times
+
+
+def summary(seconds: list[float], full: list[float], count: int, full_count: int) -> dict[str, Any]:
+    """The figures of one side beside those of full rank; ``count``: FLOPs."""
+    median_s = statistics.median(seconds)
+    ratios = [a / b for a, b in zip(seconds, full, strict=True)]
+    return {
+        "median_s": median_s,
+        "least_s": min(seconds),
+        "time_ratio_median_of_pairs": statistics.median(ratios),
+        "time_ratio_of_least": min(seconds) / min(full),
+        "flop_ratio": count / full_count,
+        "gflops_per_s": count / median_s / 1e9,
+    }
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="llama-130m")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--quick", action="store_true", help=QUICK)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    return parser.parse_args(QUICK.split(), given) if given.quick else given
 
+
+def main() -> None:
+    given = read_arguments()
     base = presets.get(given.preset).model
-    models = {side: Blocks(side_config(side, base), given.length) for side in SIDES}
-    shape = (given.micro_batch, given.length, base.hidden_size)
-    x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
-    for number in range(given.rounds + 1):
-        for side, model in models.items():
-            model.zero_grad(set_to_none=True)
-            plain = mock.patch.object(
-                crnet_module,
-                "carried_lowrank",
-                naive.carried_lowrank if side == "plain" else crnet_module.carried_lowrank,
-            )
-            with plain:
-                start_s = time.perf_counter()
-                model(x).backward(dy)
-                elapsed_s = time.perf_counter() - start_s
-            if number:
-                times[side].append(elapsed_s)
-    full_s = statistics.median(times["full"])
-    tokens = given.micro_batch * given.length
-    full_flops = block_flops(side_config("full", base), tokens, given.length)
-    sides = {}
-    for side in SIDES:
-        flops = block_flops(side_config(side, base), tokens, given.length)
-        ratios = [a / b for a, b in zip(times[side], times["full"], strict=True)]
-        sides[side] = {
-            "median_s": statistics.median(times[side]),
-            "least_s": min(times[side]),
-            "time_ratio_median_of_pairs": statistics.median(ratios),
-            "time_ratio_of_least": min(times[side]) / min(times["full"]),
-            "flop_ratio": flops / full_flops,
-            "gflops_per_s": flops / statistics.median(times[side]) / 1e9,
-        }
+    specs = {side: side_spec(side, base) for side in SIDES}
+    counts = {side: flops(spec, given.micro_batch, given.length) for side, spec in specs.items()}
+    times = measure(specs, given)
     report = {
         "benchmark": "block_time",
         "date": time.strftime("%Y-%m-%d"),
         "command": sys.argv,
         "preset": given.preset,
-        "tokens": tokens,
+        "tokens": given.micro_batch * given.length,
         "threads": torch.get_num_threads(),
         "device": describe_device(torch.device("cpu")),
         "code": describe_code(),
         "rounds": given.rounds,
-        "full_median_s": full_s,
-        "sides": sides,
+        "full_median_s": statistics.median(times["full"]),
+        "sides": {
+            side: summary(times[side], times["full"], counts[side], counts["full"])
+            for side in SIDES
+        },
     }
     text = json.dumps(report, indent=1)
     if given.out:

@@ -5,15 +5,21 @@
     python benchmarks/recomputation.py time --length 4096 --micro-batch 1 --layers 6 --out ...
     python benchmarks/recomputation.py error --out ...
     python benchmarks/recomputation.py train [--source FILE ...] --out ...
-    python benchmarks/recomputation.py paper --out ...
-    python benchmarks/recomputation.py figure [FILE ...] --out docs/recomputation.png
-    python benchmarks/recomputation.py table [FILE ...] [--write docs/recomputation.md]
+    python benchmarks/recomputation.py --quick --out FOLDER    # every part at a tiny shape
 
 ``memory``  bytes kept and bytes at the peak of a step by policy, beside the closed forms.
 ``time``    forward and backward of the blocks alone; the policies in turn, round after round.
 ``error``   outputs rebuilt along chains of CR-Net maps: gain, depth, arithmetic, direction.
 ``train``   one model trained under each policy; then its gradients and rebuilt outputs.
-``paper``, ``figure`` and ``table`` run no model: recomputation_report.py.
+What runs no model, table 2 and the tables and the picture of docs/recomputation.md, is in
+recomputation_report.py.
+
+JSON memory: benchmark, date, command, options, threads, device, code, model, tokens, note, eq_38,
+sides.
+JSON time: benchmark, date, command, options, threads, device, code, model, tokens, sides.
+JSON error: benchmark, date, command, options, threads, device, code, note, rows.
+JSON train: benchmark, date, command, options, threads, device, code, model, corpus, bf16, runs,
+trained.
 """
 
 from __future__ import annotations
@@ -31,45 +37,60 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import recomputation_report
 import torch
-from recomputation_report import Json, describe, eq_38_items, plans, write
+from recomputation_report import (
+    UNGUARDED,
+    Json,
+    add_part,
+    describe,
+    eq_38_items,
+    full_rank,
+    plans,
+    run_parts,
+    write,
+)
 from torch import Tensor
 
+from crnet import linears
 from crnet.config import presets
-from crnet.config import sections as config
-from crnet.config.check import parse_layers
-from crnet.config.sections import ModelConfig, RunConfig
-from crnet.cost import activations as cost
-from crnet.cost.activations import Plan, Step
-from crnet.data import shards as data
+from crnet.config.model_spec import ModelSpec, model_spec
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import override, read_json
+from crnet.cost.flops import block_flops
+from crnet.cost.kept import kept_bytes
+from crnet.cost.micro_batch import MicroBatch
+from crnet.cost.peak import peak_bytes
+from crnet.data.prepare import prepare
+from crnet.data.rows import Batches, Rows
 from crnet.errors import TrainingError
+from crnet.inference.load import load_model, weights_dtype
 from crnet.kernels import loss as loss_kernels
-from crnet.linears import POSITIONS, Slot
+from crnet.layers.block import run_blocks
 from crnet.linears.crnet import CRNetOptions
-from crnet.linears.crnet.module import CRNetLinear
+from crnet.linears.crnet.module import CRNetMap
 from crnet.measure import memory as measure
-from crnet.model.attention import rope
-from crnet.model.backbone import LanguageModel, build
-from crnet.recompute.engine import Recomputation, next_carry
+from crnet.model.build import build
+from crnet.model.language_model import LanguageModel
+from crnet.recompute.engine import Recomputation
+from crnet.recompute.plan import RecomputePlan, invert_error, parse_layers
+from crnet.specs import Slot
 from crnet.storage import checkpoint, metrics
 from crnet.train import run as train
 
+QUICK = {
+    "memory": "--preset tiny --layers 3 --micro-batch 1 --length 16 --vocab 256",
+    "time": "--preset tiny --layers 4 --micro-batch 1 --length 32 --vocab 256 --rounds 2",
+    "error": "--gains 0.5 1.0 --layers 2 4 --seeds 2 --hidden 16 --rank 4 --rows 32",
+    "train": "--steps 2 --layers 4 --hidden 16 --vocab 300 --batch 2 --length 16 "
+    f"--documents paragraph --source {__file__}",
+}
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parts = parser.add_subparsers(required=True, metavar="PART")
 
-    def command(name: str, part: Callable[[Any], None]) -> argparse.ArgumentParser:
-        words = parts.add_parser(name)
-        words.set_defaults(part=part)
-        words.add_argument("--out", type=Path)
-        return words
-
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of every part."""
+    parts = parser.add_subparsers(metavar="PART")
     for name, part in (("memory", memory), ("time", block_time)):
-        words = command(name, part)
+        words = add_part(parts, name, part)
         words.add_argument("--preset", default="llama-130m")
         words.add_argument("--micro-batch", type=int, default=4)
         words.add_argument("--length", type=int, default=256)
@@ -80,7 +101,11 @@ def main() -> None:
         words.add_argument("--threads", type=int, help="none: torch's choice")
         if name == "time":
             words.add_argument("--rounds", type=int, default=12)
-    words = command("error", error)
+    _arguments_of_error(add_part(parts, "error", error))
+    _arguments_of_train(add_part(parts, "train", training))
+
+
+def _arguments_of_error(words: argparse.ArgumentParser) -> None:
     words.add_argument("--gains", type=float, nargs="+", default=[0.2, 0.5, 0.7, 0.9, 1.0])
     words.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 31])
     words.add_argument("--seeds", type=int, default=5)
@@ -88,7 +113,9 @@ def main() -> None:
     words.add_argument("--rank", type=int, default=64)
     words.add_argument("--rows", type=int, default=512)
     words.add_argument("--threads", type=int, default=1)
-    words = command("train", training)
+
+
+def _arguments_of_train(words: argparse.ArgumentParser) -> None:
     words.add_argument("--steps", type=int, default=320)
     words.add_argument("--layers", type=int, default=16)
     words.add_argument("--hidden", type=int, default=128)
@@ -99,34 +126,26 @@ def main() -> None:
     words.add_argument("--beta-init", type=float, default=1.0)
     words.add_argument("--bf16", default="bf16-mixed", choices=["bf16-mixed", "bf16"])
     words.add_argument("--source", nargs="+", default=["python"])
+    words.add_argument("--documents", default="auto", help="as --data.documents of crnet train")
     words.add_argument("--text-key", help="for example title,abstract")
     words.add_argument(
         "--runs", type=Path, help="folder of the runs, resumed there; none: a new one"
     )
     words.add_argument("--threads", type=int, default=1)
-    command("paper", recomputation_report.paper)
-    words = command("figure", recomputation_report.figure)
-    words.add_argument("files", type=Path, nargs="*")
-    words = command("table", recomputation_report.table)
-    words.add_argument("files", type=Path, nargs="*")
-    words.add_argument("--write", type=Path, help="Markdown with <!-- table: NAME --> <!-- end -->")
-    given = parser.parse_args()
-    if getattr(given, "threads", None):
-        torch.set_num_threads(given.threads)
-    given.part(given)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def shape(given: Any) -> ModelConfig:
+def shape(given: Any) -> ModelSpec:
     """The preset's CR-Net; with ``--layers`` its lowest blocks, each with the rank it has there."""
     model = dataclasses.replace(presets.get(given.preset).model, vocab_size=given.vocab)
+    spec = model_spec(model)
     if given.layers is None or given.layers == model.num_layers:
-        return model
-    kept = ",".join(str(rank) for rank in describe(model)["ranks"][1 : given.layers])
-    return dataclasses.replace(model, num_layers=given.layers, rank=kept)
+        return spec
+    kept = ",".join(str(rank) for rank in describe(spec)["ranks"][1 : given.layers])
+    return model_spec(dataclasses.replace(model, num_layers=given.layers, rank=kept))
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -134,21 +153,20 @@ def shape(given: Any) -> ModelConfig:
 
 def memory(given: Any) -> None:
     device = torch.device(given.device)
-    crnet = shape(given)
-    sizes = (given.micro_batch, given.length, given.precision)
-    step = Step(crnet, *sizes)
-    full = Step(dataclasses.replace(crnet, linear="full", rank="1"), *sizes)
-    sides = {"full rank, none": _measured(full, {"none": Plan()}, device)["none"]}
-    sides |= _measured(step, plans(step), device)
+    micro_batch = MicroBatch(shape(given), given.micro_batch, given.length, given.precision)
+    full = dataclasses.replace(micro_batch, spec=model_spec(full_rank(micro_batch.spec.config)))
+    policies = plans(micro_batch)
+    sides = {"full rank, none": _measured(full, {"none": RecomputePlan()}, device)["none"]}
+    sides |= _measured(micro_batch, policies, device)
     terms = sides["invert"]["kept"]["terms"]
     found = {
-        "model": describe(crnet),
-        "tokens": step.rows,
+        "model": describe(micro_batch.spec),
+        "tokens": micro_batch.rows,
         "note": "kept.measured is what autograd's hooks see, closed_form counts everything, "
         "difference = measured - (closed_form - hidden). In fp32 torch's linear_cross_entropy "
         "hides the head's two gradients from the hooks: those two terms are `hidden`.",
         "eq_38": {
-            "bytes": eq_38_items(step, plans(step)["invert"]) * step.compute_bytes,
+            "bytes": eq_38_items(micro_batch, policies["invert"]) * micro_batch.compute_bytes,
             "invert_stream_outputs_bottlenecks": terms["stream"]
             + terms["outputs"]
             + terms["bottlenecks"],
@@ -158,54 +176,59 @@ def memory(given: Any) -> None:
     write("memory", given, device, found)
 
 
-def _measured(step: Step, policies: dict[str, Plan], device: torch.device) -> Json:
-    model = build(step.model, seed=0, device=device)
-    if step.precision == "bf16":
-        model.bfloat16()
+def _measured(
+    micro_batch: MicroBatch, policies: dict[str, RecomputePlan], device: torch.device
+) -> Json:
+    model = build(micro_batch.spec, 0, device, weights_dtype(micro_batch.precision))
     for parameter in model.parameters():  # there already, so that they do not count at the peak
         parameter.grad = torch.zeros_like(parameter)
     generator = torch.Generator().manual_seed(0)
-    sizes = (step.sequences, step.length + 1)
-    ids = torch.randint(step.model.vocab_size or 0, sizes, generator=generator).to(device)
+    sizes = (micro_batch.sequences, micro_batch.length + 1)
+    ids = torch.randint(micro_batch.spec.shape.vocab_size, sizes, generator=generator).to(device)
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def run() -> None:
-        with autocast(device, step.precision):
+        with autocast(device, micro_batch.precision):
             loss, _ = model(tokens.clone(), targets)  # the tokens count too
         (loss / tokens.numel()).backward()
 
     sides = {}
     for name, plan in policies.items():
-        recomputation = model.model.recomputation = Recomputation(plan)
-        with autocast(device, step.precision):
+        model.recompute(plan)
+        with autocast(device, micro_batch.precision):
             kept = measure.saved_bytes(model, tokens, targets)
-        terms = cost.saved_activations(step, plan, recomputation.added)
-        hidden = 0
-        if _head_is_hidden(step):
-            hidden = terms["head input gradient"] + terms["head weight gradient"]
-        closed_peak = cost.peak_activations(step, plan, recomputation.added)
+        added = model.guard_added()
         gc.collect()
-        peak = measure.peak_bytes(run, device)
         sides[name] = {
             "plan": dataclasses.asdict(plan),
-            "guard_added": recomputation.added,
-            "kept": {
-                "measured": kept,
-                "closed_form": sum(terms.values()),
-                "hidden": hidden,
-                "difference": kept - (sum(terms.values()) - hidden),
-                "terms": terms,
+            "guard_added": added,
+            "kept": _kept(micro_batch, kept, kept_bytes(micro_batch, plan, added)),
+            "peak": {
+                "measured": measure.peak_bytes(run, device),
+                "closed_form": peak_bytes(micro_batch, plan, added),
             },
-            "peak": {"measured": peak, "closed_form": closed_peak},
         }
     return sides
 
 
-def _head_is_hidden(step: Step) -> bool:
+def _kept(micro_batch: MicroBatch, measured: int, terms: dict[str, int]) -> Json:
+    hidden = 0
+    if _head_is_hidden(micro_batch):
+        hidden = terms["head input gradient"] + terms["head weight gradient"]
+    return {
+        "measured": measured,
+        "closed_form": sum(terms.values()),
+        "hidden": hidden,
+        "difference": measured - (sum(terms.values()) - hidden),
+        "terms": terms,
+    }
+
+
+def _head_is_hidden(micro_batch: MicroBatch) -> bool:
     # Where the loss is torch's own (kernels.loss).
-    width, vocab_size = step.model.hidden_size, step.model.vocab_size or 0
-    torchs = loss_kernels.HAS_TORCH_BACKEND and step.precision == "fp32"
-    return torchs and step.rows >= width and vocab_size > width
+    width, vocab_size = micro_batch.spec.shape.hidden_size, micro_batch.spec.shape.vocab_size
+    torchs = loss_kernels.HAS_TORCH_BACKEND and micro_batch.precision == "fp32"
+    return torchs and micro_batch.rows >= width and vocab_size > width
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -213,47 +236,10 @@ def _head_is_hidden(step: Step) -> bool:
 
 def block_time(given: Any) -> None:
     device = torch.device(given.device)
-    model = shape(given)
-    step = Step(model, given.micro_batch, given.length, given.precision)
-    backbone = build(dataclasses.replace(model, vocab_size=8), seed=0, device=device).model
-    dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
-    backbone.to(dtype)
-    blocks = backbone.blocks()
-    head_size = model.hidden_size // model.num_heads
-    tables = rope(0, given.length, head_size, model.rope_theta, device)
-    sizes = (given.micro_batch, given.length, model.hidden_size)
-    entering = torch.randn(sizes, device=device, dtype=dtype, requires_grad=True)
-    upstream = torch.randn(sizes, device=device, dtype=dtype)
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def once(recomputation: Recomputation) -> float:
-        backbone.zero_grad(set_to_none=True)
-        entering.grad = None
-        synchronize()
-        start_s = time.perf_counter()
-        x, carry = entering, ()
-        with autocast(device, given.precision):  # as in Backbone.forward
-            for idx, run in enumerate(recomputation.steps(blocks, backbone.carry)):
-                x, *outputs = blocks[idx](x, tables, *carry, recompute=run)
-                carry = next_carry(backbone.carry, idx, carry, tuple(outputs))
-                del outputs
-        del carry
-        x.backward(upstream)
-        synchronize()
-        return time.perf_counter() - start_s
-
-    policies = {name: plan for name, plan in plans(step).items() if "thirds" not in name}
-    runs = {name: Recomputation(plan) for name, plan in policies.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(given.rounds + 1):
-        for name, recomputation in runs.items():
-            elapsed_s = once(recomputation)
-            if number:  # the first round is a warm-up
-                times[name].append(elapsed_s)
-    flops = {name: cost.block_flops(step, plan) for name, plan in policies.items()}
+    micro_batch = MicroBatch(shape(given), given.micro_batch, given.length, given.precision)
+    policies = {name: plan for name, plan in plans(micro_batch).items() if "thirds" not in name}
+    times = _times(micro_batch, policies, device, given.rounds)
+    flops = {name: block_flops(micro_batch, plan) for name, plan in policies.items()}
     sides = {}
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times["none"], strict=True)]
@@ -265,10 +251,53 @@ def block_time(given: Any) -> None:
             "time_ratio_least_and_most": [min(ratios), max(ratios)],
             "flops": flops[name],
             "flop_ratio": sum(flops[name].values()) / sum(flops["none"].values()),
-            "kept_bytes": sum(cost.saved_activations(step, policies[name]).values()),
-            "peak_bytes": cost.peak_activations(step, policies[name]),
+            "kept_bytes": sum(kept_bytes(micro_batch, policies[name]).values()),
+            "peak_bytes": peak_bytes(micro_batch, policies[name]),
         }
-    write("time", given, device, {"model": describe(model), "tokens": step.rows, "sides": sides})
+    found = {"model": describe(micro_batch.spec), "tokens": micro_batch.rows, "sides": sides}
+    write("time", given, device, found)
+
+
+def _times(
+    micro_batch: MicroBatch, policies: dict[str, RecomputePlan], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of forward and backward of the blocks by policy, a figure a round."""
+    # The head and the embedding are not timed.
+    spec = model_spec(dataclasses.replace(micro_batch.spec.config, vocab_size=8))
+    dtype, length = weights_dtype(micro_batch.precision), micro_batch.length
+    backbone = build(spec, 0, device, dtype).model
+    options = spec.architecture_options
+    context = spec.architecture.context(spec.shape, options, 0, length, device, None)
+    sizes = (micro_batch.sequences, length, spec.shape.hidden_size)
+    entering = torch.randn(sizes, device=device, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(sizes, device=device, dtype=dtype)
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def once(runner: Callable[..., Any]) -> float:
+        backbone.zero_grad(set_to_none=True)
+        entering.grad = None
+        synchronize()
+        start_s = time.perf_counter()
+        with autocast(device, micro_batch.precision):
+            (x,) = runner(backbone.blocks(), (entering,), context)
+        x.backward(upstream)
+        synchronize()
+        return time.perf_counter() - start_s
+
+    runners = {
+        name: run_blocks if plan.policy == "none" else Recomputation(plan)
+        for name, plan in policies.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for number in range(rounds + 1):
+        for name, runner in runners.items():
+            elapsed_s = once(runner)
+            if number:  # the first round is a warm-up
+                times[name].append(elapsed_s)
+    return times
 
 
 # --- error ----------------------------------------------------------------------------------------
@@ -279,7 +308,7 @@ ARITHMETICS: dict[str, tuple[torch.dtype, Any]] = {
     "bf16, fp32 carry": (torch.bfloat16, "fp32"),
 }
 
-Chain = tuple[list[CRNetLinear], list[Tensor], list[Tensor]]
+Chain = tuple[list[CRNetMap], list[Tensor], list[Tensor]]
 """Successive maps, their bottlenecks, and their outputs with the one below the first in front."""
 
 
@@ -302,8 +331,8 @@ def chain(gain: float, arithmetic: str, seed: int, given: Any) -> Chain:
     maps, bottlenecks = [], []
     outputs = [gaussian(given.rows, h).to(torch.float32 if carry_dtype == "fp32" else dtype)]
     for idx in range(1, depth + 1):
-        slot = Slot("q", idx, h, h, rank, depth + 1)
-        module = CRNetLinear(slot, CRNetOptions(carry_dtype=carry_dtype), init_std=1.0)
+        slot = Slot("q", idx, depth + 1, h, h, rank, init_std=1.0)
+        module = linears.get("crnet").make(slot, CRNetOptions(carry_dtype=carry_dtype))
         module.A.copy_(gaussian(h, rank) / h**0.5)
         module.B.copy_(gaussian(rank, h) * (increment / rank**0.5))
         module.beta.fill_(gain)
@@ -311,21 +340,22 @@ def chain(gain: float, arithmetic: str, seed: int, given: Any) -> Chain:
         x = gaussian(given.rows, h)
         x = (x / x.square().mean(-1, keepdim=True).sqrt()).to(dtype)
         maps.append(module)
-        bottlenecks.append(module.reduce(x))
-        outputs.append(module(x, outputs[-1]))
+        bottlenecks.append(module.down_project(x, outputs[-1]))
+        output, _ = module(x, outputs[-1])
+        outputs.append(output)
     return maps, bottlenecks, outputs
 
 
 @torch.no_grad()
-def chain_errors(maps: list[CRNetLinear], bottlenecks: list[Tensor], outputs: list[Tensor]) -> Json:
+def chain_errors(maps: list[CRNetMap], bottlenecks: list[Tensor], outputs: list[Tensor]) -> Json:
     y, off = outputs[-1], []
     for module, z, wanted in zip(maps[::-1], bottlenecks[::-1], outputs[-2::-1], strict=True):
-        y = module.shrink(y, z)
+        y = module.carry_from(y, z)
         off.append(rms(y.double() - wanted.double()))
     relative = [it / rms(wanted) for it, wanted in zip(off, outputs[-2::-1], strict=True)]
     y, replayed = outputs[0], []
     for module, z in zip(maps, bottlenecks, strict=True):
-        y = module.expand(z, y)
+        y = module.up_project(z, y)
         replayed.append(y)
     pairs = list(zip(replayed, outputs[1:], strict=True))
     return {
@@ -345,30 +375,28 @@ def error(given: Any) -> None:
             unit = torch.finfo(chains[0][2][-1].dtype).eps / 2
             for depth in given.layers:
                 seeds = [chain_errors(m[:depth], z[:depth], y[: depth + 1]) for m, z, y in chains]
-                bound = cost.invert_error([gain] * depth, unit)[-1]
-                rows.append(
-                    {
-                        "gain": gain,
-                        "arithmetic": arithmetic,
-                        "layers": depth,
-                        "invert_bottom": statistics.median(it["bottom"] for it in seeds),
-                        "invert_largest": statistics.median(it["largest"] for it in seeds),
-                        "invert_most_of_seeds": max(it["largest"] for it in seeds),
-                        "invert_over_largest_output": max(
-                            it["over_largest_output"] for it in seeds
-                        ),
-                        "bound": bound,
-                        "within_bound": all(it["over_largest_output"] <= bound for it in seeds),
-                        "replay": max(it["replay"] for it in seeds),
-                        "replay_bit_equal": all(it["replay_bit_equal"] for it in seeds),
-                    }
-                )
+                bound = invert_error([gain] * depth, unit)[-1]
+                row = {"gain": gain, "arithmetic": arithmetic, "layers": depth}
+                rows.append(row | _over_seeds(seeds, bound))
     note = (
         "RMS errors over the RMS of what the forward pass had: of the lowest output (bottom) and "
         "of the worst of the chain (largest), medians over the seeds; over_largest_output: over "
         "the largest RMS among the outputs, worst seed, which the bound is about"
     )
     write("error", given, torch.device("cpu"), {"note": note, "rows": rows})
+
+
+def _over_seeds(seeds: list[Json], bound: float) -> Json:
+    return {
+        "invert_bottom": statistics.median(it["bottom"] for it in seeds),
+        "invert_largest": statistics.median(it["largest"] for it in seeds),
+        "invert_most_of_seeds": max(it["largest"] for it in seeds),
+        "invert_over_largest_output": max(it["over_largest_output"] for it in seeds),
+        "bound": bound,
+        "within_bound": all(it["over_largest_output"] <= bound for it in seeds),
+        "replay": max(it["replay"] for it in seeds),
+        "replay_bit_equal": all(it["replay_bit_equal"] for it in seeds),
+    }
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -379,7 +407,7 @@ def run_config(
 ) -> RunConfig:
     h = given.hidden
     guard = {} if tolerance is None else {"invert_tolerance": tolerance}
-    return config.override(
+    return override(
         presets.get("tiny"),
         model={
             "num_layers": given.layers,
@@ -391,6 +419,7 @@ def run_config(
         data={
             "source": tuple(given.source),
             "text_key": given.text_key,
+            "documents": given.documents,
             "vocab_size": given.vocab,
             "sequence_length": given.length,
             "validation_tokens": 65_536,
@@ -412,7 +441,7 @@ def run_config(
 
 
 def training(given: Any) -> None:
-    bf16, published = given.bf16, recomputation_report.UNGUARDED
+    bf16, published = given.bf16, UNGUARDED
     sides = {  # precision, policy, carry, tolerance; and the run it is compared with
         "fp32 none": ("fp32", "none", "compute"),
         "fp32 replay": ("fp32", "replay", "compute"),
@@ -436,7 +465,7 @@ def training(given: Any) -> None:
             print(f"{name}: {len(run['losses'])} steps", file=sys.stderr)
         saved = checkpoint.resolve(runs / "fp32-none")
         trained = _on_trained(saved, bf16)
-    model = describe(saved.config.model)
+    model = describe(model_spec(saved.config.model))
     corpus = [Path(source).name for source in given.source]
     result = {"model": model, "corpus": corpus, "bf16": bf16, "runs": found, "trained": trained}
     write("train", given, torch.device("cpu"), result)
@@ -452,7 +481,7 @@ def _trained(run: RunConfig, where: Path) -> Json:
     rows = metrics.read(where / "metrics.jsonl")
     speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
     return {
-        "plan": config.read_json(where / "run.json")["recompute"],
+        "plan": read_json(where / "run.json")["recompute"],
         "failed": failed,
         "losses": [row["loss"] for row in rows if "loss" in row],
         "validation": [row["val_loss"] for row in rows if "val_loss" in row],
@@ -476,22 +505,15 @@ def _difference(run: Json, base: Json) -> Json:
 
 def _on_trained(saved: checkpoint.Checkpoint, bf16: str) -> Json:
     """Gradients of one batch and rebuilt outputs of the model that was trained in fp32."""
-    run, narrow = saved.config, saved.model()
-    rows = data.Rows(data.prepare(run.data, progress=False), "train", run.data.sequence_length)
-    ((tokens, targets),) = data.Batches(rows, run.train.seed + 1, run.train.batch_size).next()
+    run, narrow = saved.config, load_model(saved)
+    rows = Rows(prepare(run.data, progress=False), "train", run.data.sequence_length)
+    ((tokens, targets),) = Batches(rows, run.train.seed + 1, run.train.batch_size).next()
     options = dataclasses.replace(run.model.crnet, carry_dtype="fp32")
-    wide = build(dataclasses.replace(run.model, crnet=options), seed=0)
+    wide = build(model_spec(dataclasses.replace(run.model, crnet=options)), seed=0)
     wide.load_state_dict(narrow.state_dict())
-    maps = [block.linear(it) for block in narrow.model.blocks()[1:] for it in POSITIONS]
+    maps = [linear for block in narrow.model.blocks()[1:] for linear in block.maps.values()]
     gains = sorted(abs(float(linear.gain())) for linear in maps)
-    step = Step(run.model, run.train.batch_size, run.data.sequence_length)
-    policies = {n: p for n, p in plans(step).items() if n not in ("none", "invert")}
-    num_layers = run.model.num_layers
-    for every in [it for it in (4, 8, 16, 32) if it <= num_layers]:
-        layers = parse_layers(f"every-{every}", num_layers)
-        plan = Plan("invert", layers, tolerance=recomputation_report.UNGUARDED)
-        policies[f"invert every {every}, as published"] = plan
-    policies["invert every 8, guarded"] = Plan("invert", parse_layers("every-8", num_layers))
+    policies = _compared(MicroBatch(narrow.spec, run.train.batch_size, run.data.sequence_length))
     found: Json = {
         "gain_least_median_most": [gains[0], statistics.median(gains), gains[-1]],
         "gradients": {},
@@ -502,23 +524,34 @@ def _on_trained(saved: checkpoint.Checkpoint, bf16: str) -> Json:
         model = wide if "carry" in arithmetic else narrow
         precision = "fp32" if arithmetic == "fp32" else bf16
         model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
-        base = _gradients(model, Plan(), precision, tokens, targets)
+        base = _gradients(model, RecomputePlan(), precision, tokens, targets)
         in_fp32 = in_fp32 or base
         compared = {"none, against none in fp32": _gradient_error(base, in_fp32)}
         for name, plan in policies.items():
             grads = _gradients(model, plan, precision, tokens, targets)
-            added = model.model.recomputation.added  # type: ignore[union-attr]
-            compared[name] = _gradient_error(grads, base) | {"guard_added": added}
+            compared[name] = _gradient_error(grads, base) | {"guard_added": model.guard_added()}
         found["gradients"][arithmetic] = compared
         found["rebuilt_outputs"][arithmetic] = _rebuilt_errors(model, precision, tokens)
     return found
 
 
+def _compared(micro_batch: MicroBatch) -> dict[str, RecomputePlan]:
+    """The policies whose gradients are compared with those of ``none``."""
+    num_layers = micro_batch.spec.num_layers
+    policies = {n: p for n, p in plans(micro_batch).items() if n not in ("none", "invert")}
+    for every in [each for each in (4, 8, 16, 32) if each <= num_layers]:
+        layers = parse_layers(f"every-{every}", num_layers)
+        plan = RecomputePlan("invert", layers, tolerance=UNGUARDED)
+        policies[f"invert every {every}, as published"] = plan
+    guarded = RecomputePlan("invert", parse_layers("every-8", num_layers))
+    return policies | {"invert every 8, guarded": guarded}
+
+
 def _gradients(
-    model: LanguageModel, plan: Plan, precision: str, tokens: Tensor, targets: Tensor
+    model: LanguageModel, plan: RecomputePlan, precision: str, tokens: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
-    model.model.recomputation = Recomputation(plan)
+    model.recompute(plan)
     with autocast(tokens.device, precision):
         loss, _ = model(tokens, targets)
     (loss / tokens.numel()).backward()
@@ -546,24 +579,25 @@ def _rebuilt_errors(model: LanguageModel, precision: str, tokens: Tensor) -> lis
     """Outputs of a forward pass rebuilt downwards from those of the last block: the largest
     relative RMS error over the positions, by layers crossed."""
     seen: dict[Any, tuple[Tensor, Tensor]] = {}
-    blocks, model.model.recomputation = model.model.blocks(), None
+    blocks = model.model.blocks()
 
-    def note(module: Any, given: Any, output: Tensor) -> None:
-        seen[module] = given[0], output
+    def note(module: Any, given: Any, returned: Any) -> None:
+        seen[module] = given[0], returned[0]
 
-    maps = {position: [block.linear(position) for block in blocks] for position in POSITIONS}
-    handles = [it.register_forward_hook(note) for its in maps.values() for it in its]
+    columns = [[block.maps[position] for block in blocks] for position in blocks[0].maps]
+    handles = [each.register_forward_hook(note) for column in columns for each in column]
     worst = [{"layers": idx, "largest": 0.0, "bound": 0.0} for idx in range(1, len(blocks))]
     with autocast(tokens.device, precision):
-        model.model(tokens)
-        for modules in maps.values():
+        model.hidden(tokens)  # without gradients nothing is recomputed
+        for modules in columns:
             _, y = seen[modules[-1]]
             crossed, below = modules[:0:-1], modules[-2::-1]
             gains = [float(module.gain()) for module in crossed]
-            bounds = cost.invert_error(gains, torch.finfo(y.dtype).eps / 2)
+            bounds = invert_error(gains, torch.finfo(y.dtype).eps / 2)
             for at, module in enumerate(crossed):
                 wanted = seen[below[at]][1]
-                y = module.shrink(y, module.reduce(seen[module][0])).to(wanted.dtype)
+                bottleneck = module.down_project(seen[module][0], wanted)
+                y = module.carry_from(y, bottleneck).to(wanted.dtype)
                 relative = rms(y.double() - wanted.double()) / rms(wanted)
                 worst[at]["largest"] = max(worst[at]["largest"], relative)
                 worst[at]["bound"] = max(worst[at]["bound"], bounds[at])
@@ -573,4 +607,4 @@ def _rebuilt_errors(model: LanguageModel, precision: str, tokens: Tensor) -> lis
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, arguments, QUICK)

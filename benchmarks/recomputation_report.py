@@ -1,28 +1,42 @@
-"""What recomputation.py's parts share, the paper's table 2, and figure and tables from JSON files.
+"""What recomputation.py's parts share; the paper's table 2; tables and picture from JSON files.
 
-``figure`` and ``table`` read the files given, or all ``*-recomputation-*.json`` beside them.
+    python benchmarks/recomputation_report.py paper --out benchmarks/DATE-recomputation-paper.json
+    python benchmarks/recomputation_report.py figure [FILE ...] --out docs/recomputation.png
+    python benchmarks/recomputation_report.py table [FILE ...] [--write docs/recomputation.md]
+    python benchmarks/recomputation_report.py --quick --out FOLDER    # all three, into a folder
+
+``paper`` recomputes table 2 from closed forms; it runs no model. ``figure`` and ``table`` read the
+files given, or all ``*-recomputation-*.json`` beside this program.
+
+JSON paper: benchmark, date, command, options, threads, device, code, model, tokens, convention,
+table_2, printed_flops_e15, sides.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from crnet import linears
 from crnet.config import presets
-from crnet.config.check import parse_layers
-from crnet.config.sections import ModelConfig
-from crnet.cost import activations as cost
-from crnet.cost.activations import Plan, Step
-from crnet.train import run as train
+from crnet.config.model_spec import ModelSpec, model_spec
+from crnet.config.sections import ModelConfig, choose
+from crnet.cost.flops import block_flops
+from crnet.cost.kept import kept_bytes
+from crnet.cost.micro_batch import MicroBatch
+from crnet.cost.parameters import num_parameters
+from crnet.cost.peak import peak_bytes
+from crnet.cost.plan_choice import least_peak
+from crnet.recompute.plan import RecomputePlan, parse_layers
+from crnet.storage import manifest
 
 UNGUARDED = 1e30
 """A tolerance that no error of ``invert`` passes: the paper's algorithm as published."""
@@ -36,7 +50,7 @@ def write(name: str, given: Any, device: torch.device, found: Json) -> None:
     options = {
         key: value
         for key, value in vars(given).items()
-        if key not in ("part", "out", "runs", "source")
+        if key not in ("part", "out", "runs", "source", "quick")
     }
     report = {
         "benchmark": f"recomputation {name}",
@@ -44,8 +58,8 @@ def write(name: str, given: Any, device: torch.device, found: Json) -> None:
         "command": [Path(word).name if "/" in word else word for word in sys.argv],
         "options": options,
         "threads": torch.get_num_threads(),
-        "device": train.describe_device(device),
-        "code": train.describe_code(),
+        "device": manifest.describe_device(device),
+        "code": manifest.describe_code(),
         **found,
     }
     text = json.dumps(report, indent=1)
@@ -54,33 +68,41 @@ def write(name: str, given: Any, device: torch.device, found: Json) -> None:
     print(text)
 
 
-def plans(step: Step) -> dict[str, Plan]:
+def plans(micro_batch: MicroBatch) -> dict[str, RecomputePlan]:
     """The policies that are compared."""
-    num_layers = step.model.num_layers
-    thirds = (num_layers // 3, 2 * num_layers // 3)
+    num_layers = micro_batch.spec.num_layers
+    published, thirds = parse_layers("every-8", num_layers), (num_layers // 3, 2 * num_layers // 3)
+    kept, kept_beside = least_peak(micro_batch), least_peak(micro_batch, True)
     return {
-        "none": Plan(),
-        "block": Plan("block"),
-        "invert": Plan("invert", parse_layers("every-8", num_layers), tolerance=UNGUARDED),
-        "replay": Plan("replay", cost.least_peak(step)),
-        "replay, attention kept": Plan("replay", cost.least_peak(step, True), True),
-        "replay, equal thirds": Plan("replay", thirds),
+        "none": RecomputePlan(),
+        "block": RecomputePlan("block"),
+        "invert": RecomputePlan("invert", published, tolerance=UNGUARDED),
+        "replay": RecomputePlan("replay", kept),
+        "replay, attention kept": RecomputePlan("replay", kept_beside, True),
+        "replay, equal thirds": RecomputePlan("replay", thirds),
     }
 
 
-def describe(model: ModelConfig) -> Json:
+def describe(spec: ModelSpec) -> Json:
+    """Sizes, and the rank of every block."""
     keys = ("linear", "hidden_size", "intermediate_size", "num_heads", "num_layers", "vocab_size")
-    ranks = [slot.rank for slot in linears.slots(model) if slot.position == "q"]
-    return {key: getattr(model, key) for key in keys} | {"ranks": ranks}
+    ranks = [block[0].rank for block in spec.slots]
+    return {key: getattr(spec.config, key) for key in keys} | {"ranks": ranks}
 
 
-def eq_38_items(step: Step, plan: Plan) -> int:
+def full_rank(model: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(choose(model, "linear", "full"), rank="1")
+
+
+def eq_38_items(micro_batch: MicroBatch, plan: RecomputePlan) -> int:
     """Eq. 38 as printed, for the whole micro-batch; 7 (L-1) s r as a sum, as ranks may differ."""
-    model = step.model
-    num_kept = len({*plan.kept_layers, model.num_layers})
-    h, f = model.hidden_size, model.intermediate_size
-    bottlenecks = 7 * sum(describe(model)["ranks"][1:])
-    return step.rows * ((model.num_layers + 5 * num_kept) * h + 2 * num_kept * f + bottlenecks)
+    spec, shape = micro_batch.spec, micro_batch.spec.shape
+    num_kept = len({*plan.kept_layers, spec.num_layers})
+    h, f = shape.hidden_size, shape.intermediate_size
+    bottlenecks = sum(slot.rank for block in spec.slots[1:] for slot in block)
+    return micro_batch.rows * (
+        (spec.num_layers + 5 * num_kept) * h + 2 * num_kept * f + bottlenecks
+    )
 
 
 # --- the paper's table 2 --------------------------------------------------------------------------
@@ -96,60 +118,67 @@ PRINTED = {  # table 2 at 16 x 256 tokens: GB, and FLOPs over what it calls 10^1
 def paper(given: Any) -> None:
     """Table 2 recomputed under the convention that gives its figures, and our terms beside it."""
     model = dataclasses.replace(presets.get("llama-7b").model, vocab_size=32_000)
-    step = Step(model, 16, 256, "bf16")
-    full = dataclasses.replace(model, linear="full", rank="1")
-    layers, h, f = model.num_layers, model.hidden_size, model.intermediate_size
-    rows, gib = step.rows, 2**30
-    stream, scores = layers * rows * h, 2 * layers * rows * step.length * model.num_heads
-    rows_of_table: list[tuple[str, str, ModelConfig, float]] = [
-        ("vanilla GCP", "L s h", full, stream),
-        ("full rank", "20.67 L s h + 2 L s² a", full, 20.67 * stream + scores),
-        ("full rank", "(10 + 4 f/h) L s h", full, (10 + 4 * f / h) * stream),
-    ]
-    for rank in (512, 1024):
-        low = dataclasses.replace(model, linear="lowrank", rank=str(rank))
-        items = 2 * stream + 7 * layers * rows * rank
-        rows_of_table.append(("CoLA-M", f"2 L s h + 7 L s r, r = {rank}", low, items))
-    b = 4  # members of A
-    items = ((layers + 10 * b) * h + 7 * (layers - 1) * 896) * rows
-    rows_of_table.append(("CR-Net", "(L + 10 b) s h + 7 (L-1) s r, r = 896", model, items))
-    for rank in (512, 896):
-        ranked = dataclasses.replace(model, rank=str(rank))
-        items = eq_38_items(dataclasses.replace(step, model=ranked), plans(step)["invert"])
-        rows_of_table.append(("CR-Net", f"eq. 38, r = {rank}", ranked, items))
-    table_2 = []
-    for name, formula, shaped, items in rows_of_table:
-        states = 8 * sum(linears.num_parameters(shaped).values()) / gib
-        table_2.append(
-            {
-                "name": name,
-                "formula": formula,
-                "printed_gb": PRINTED[name][0],
-                "states_gib": states,
-                "activations_gib": 2 * items / gib,
-                "sum_gib": states + 2 * items / gib,
-            }
-        )
-    sides = {"full rank, none": (Step(full, 16, 256, "bf16"), Plan())}
-    sides |= {name: (step, plan) for name, plan in plans(step).items()}
+    micro_batch = MicroBatch(model_spec(model), 16, 256, "bf16")
+    full = dataclasses.replace(micro_batch, spec=model_spec(full_rank(model)))
+    sides = {"full rank, none": (full, RecomputePlan())}
+    sides |= {name: (micro_batch, plan) for name, plan in plans(micro_batch).items()}
     found = {
-        "model": describe(model),
-        "tokens": rows,
+        "model": describe(micro_batch.spec),
+        "tokens": micro_batch.rows,
         "convention": "GB = 2^30 bytes; 8 bytes a parameter (weight, gradient, two Adam states in "
         "bf16; vocabulary 32,000, embedding and head apart) and 2 bytes an item of activations",
-        "table_2": table_2,
+        "table_2": [_table_2_row(*row) for row in _table_2(micro_batch)],
         "printed_flops_e15": {name: flops for name, (_, flops) in PRINTED.items()},
         "sides": {
             name: {
                 "plan": dataclasses.asdict(plan),
-                "terms": cost.saved_activations(of, plan),
-                "peak": cost.peak_activations(of, plan),
-                "flops": cost.block_flops(of, plan),
+                "terms": kept_bytes(of, plan),
+                "peak": peak_bytes(of, plan),
+                "flops": block_flops(of, plan),
             }
             for name, (of, plan) in sides.items()
         },
     }
     write("paper", given, torch.device("cpu"), found)
+
+
+def _table_2(micro_batch: MicroBatch) -> list[tuple[str, str, ModelConfig, float]]:
+    """Of each reading of a row: method, formula, model, items of activations."""
+    model, rows = micro_batch.spec.config, micro_batch.rows
+    full = full_rank(model)
+    layers, h, f = model.num_layers, model.hidden_size, model.intermediate_size
+    stream, scores = layers * rows * h, 2 * layers * rows * micro_batch.length * model.num_heads
+    found: list[tuple[str, str, ModelConfig, float]] = [
+        ("vanilla GCP", "L s h", full, stream),
+        ("full rank", "20.67 L s h + 2 L s² a", full, 20.67 * stream + scores),
+        ("full rank", "(10 + 4 f/h) L s h", full, (10 + 4 * f / h) * stream),
+    ]
+    for rank in (512, 1024):
+        low = dataclasses.replace(choose(model, "linear", "lowrank"), rank=str(rank))
+        items = 2 * stream + 7 * layers * rows * rank
+        found.append(("CoLA-M", f"2 L s h + 7 L s r, r = {rank}", low, items))
+    b = 4  # members of A
+    items = ((layers + 10 * b) * h + 7 * (layers - 1) * 896) * rows
+    found.append(("CR-Net", "(L + 10 b) s h + 7 (L-1) s r, r = 896", model, items))
+    for rank in (512, 896):
+        ranked = dataclasses.replace(model, rank=str(rank))
+        of = dataclasses.replace(micro_batch, spec=model_spec(ranked))
+        items = eq_38_items(of, plans(micro_batch)["invert"])
+        found.append(("CR-Net", f"eq. 38, r = {rank}", ranked, items))
+    return found
+
+
+def _table_2_row(name: str, formula: str, model: ModelConfig, items: float) -> Json:
+    gib = 2**30
+    states = 8 * num_parameters(model_spec(model))["total"] / gib
+    return {
+        "name": name,
+        "formula": formula,
+        "printed_gb": PRINTED[name][0],
+        "states_gib": states,
+        "activations_gib": 2 * items / gib,
+        "sum_gib": states + 2 * items / gib,
+    }
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -202,8 +231,11 @@ def table(given: Any) -> None:
         if part in reports:
             tables |= dict(zip(names, make(reports[part]), strict=True))
     if given.write is None:
-        for name, text in tables.items():
-            print(f"<!-- table: {name} -->\n{text}\n<!-- end -->\n")
+        shown = (f"<!-- table: {name} -->\n{text}\n<!-- end -->\n" for name, text in tables.items())
+        text = "\n".join(shown)
+        if given.out:
+            given.out.write_text(text, encoding="utf-8")
+        print(text)
         return
     text = given.write.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- table: (\S+) -->", text):
@@ -321,58 +353,68 @@ def _error_tables(reports: list[Json]) -> list[str]:
 
 
 def _train_tables(reports: list[Json]) -> list[str]:
-    tables = zip(*(_of_one_training(report) for report in reports), strict=True)
-    return ["\n\n".join(of_kind) for of_kind in tables]
+    makers = (_runs_table, _gradients_table, _rebuilt_table)
+    return ["\n\n".join(make(report) for report in reports) for make in makers]
 
 
-def _of_one_training(report: Json) -> tuple[str, str, str]:
+def _beta(report: Json) -> str:
+    return f"Initial beta {report['options']['beta_init']:g}"
+
+
+def _runs_table(report: Json) -> str:
     model, options = report["model"], report["options"]
     low, middle, high = report["trained"]["gain_least_median_most"]
-    beta = f"Initial beta {options['beta_init']:g}"
-    rows = []
-    for name, run in report["runs"].items():
-        cells = [""] * 4
-        if against := run.get("against"):
-            first = against["first_step_that_differs"]
-            cells = [
-                "bit for bit" if against["bit_equal"] else f"up to step {first - 1}",
-                _few(against["largest"]),
-                _few(against["mean_of_last_tenth"]),
-                "" if against["validation"] is None else _few(against["validation"]),
-            ]
-        last = run["guard"][-1]["invert_also_keeps"] if run["guard"] else {}
-        kept = sum(map(len, last.values())) if run["plan"]["policy"] == "invert" else ""
-        rows.append([name, run["failed"] or f"{run['validation'][-1]:.4f}", *cells, kept])
     head = ["run", "validation loss", "losses are those of none", "largest difference"]
     head += ["mean difference, last tenth", "of validation", "outputs the guard adds"]
-    runs = (
-        f"{beta}: {options['steps']} steps of {options['batch']} x {options['length']} tokens of "
-        f"{', '.join(report['corpus'])}, "
+    rows = [_run_row(name, run) for name, run in report["runs"].items()]
+    return (
+        f"{_beta(report)}: {options['steps']} steps of {options['batch']} x {options['length']} "
+        f"tokens of {', '.join(report['corpus'])}, "
         f"{model['num_layers']} layers, h {model['hidden_size']}, f {model['intermediate_size']}, "
         f"rank {model['ranks'][-1]}, vocabulary {model['vocab_size']:,}; bf16 is "
         f"`{report['bf16']}`; gains after training in fp32 {low:.2f} to {high:.2f}, median "
         f"{middle:.2f} ({_origin(report)}):\n\n" + _grid(head, rows)
     )
-    gradients, rebuilt = report["trained"]["gradients"], report["trained"]["rebuilt_outputs"]
-    rows = []
-    for name in next(iter(gradients.values())):
-        found = [its[name] for its in gradients.values()]
-        errors = ("whole", "worst_tensor", "worst_beta")
+
+
+def _run_row(name: str, run: Json) -> list[Any]:
+    cells = [""] * 4
+    if against := run.get("against"):
+        first = against["first_step_that_differs"]
         cells = [
-            "0" if it["bit_equal"] else " / ".join(_few(it[e]) for e in errors) for it in found
+            "bit for bit" if against["bit_equal"] else f"up to step {first - 1}",
+            _few(against["largest"]),
+            _few(against["mean_of_last_tenth"]),
+            "" if against["validation"] is None else _few(against["validation"]),
         ]
-        rows.append([name, *cells])
+    last = run["guard"][-1]["invert_also_keeps"] if run["guard"] else {}
+    kept = sum(map(len, last.values())) if run["plan"]["policy"] == "invert" else ""
+    return [name, run["failed"] or f"{run['validation'][-1]:.4f}", *cells, kept]
+
+
+def _gradients_table(report: Json) -> str:
+    gradients = report["trained"]["gradients"]
+    errors = ("whole", "worst_tensor", "worst_beta")
+    rows = []
+    for policy in next(iter(gradients.values())):
+        found = [by_policy[policy] for by_policy in gradients.values()]
+        cells = [
+            "0" if one["bit_equal"] else " / ".join(_few(one[error]) for error in errors)
+            for one in found
+        ]
+        rows.append([policy, *cells])
+    return f"{_beta(report)}:\n\n" + _grid(["policy", *gradients], rows)
+
+
+def _rebuilt_table(report: Json) -> str:
+    rebuilt = report["trained"]["rebuilt_outputs"]
     depths = [it["layers"] for it in rebuilt["fp32"] if it["layers"] in (1, 3, 7, 15, 31, 63)]
-    lines = [
-        [name, *(f"{_few(its[d - 1]['largest'])} ({_few(its[d - 1]['bound'])})" for d in depths)]
-        for name, its in rebuilt.items()
-    ]
+    rows = []
+    for name, errors in rebuilt.items():
+        found = [errors[depth - 1] for depth in depths]
+        rows.append([name, *(f"{_few(it['largest'])} ({_few(it['bound'])})" for it in found)])
     crossed = ["arithmetic", *(f"{depth} crossed" for depth in depths)]
-    return (
-        runs,
-        f"{beta}:\n\n" + _grid(["policy", *gradients], rows),
-        f"{beta}:\n\n" + _grid(crossed, lines),
-    )
+    return f"{_beta(report)}:\n\n" + _grid(crossed, rows)
 
 
 MAKERS: dict[str, tuple[list[str], Any]] = {
@@ -467,3 +509,61 @@ def _draw_bytes(axes: Any, report: Json) -> None:
         fontsize=10,
     )
     axes.legend(fontsize=8, loc="lower right")
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+Parser = argparse.ArgumentParser
+PARTS: dict[str, Callable[[Any], None]] = {"paper": paper, "figure": figure, "table": table}
+SUFFIXES = {"figure": "png", "table": "md"}
+
+
+def arguments(parser: Parser) -> None:
+    """The command line of every part."""
+    parts = parser.add_subparsers(metavar="PART")
+    for name, part in PARTS.items():
+        words = add_part(parts, name, part)
+        if name != "paper":
+            words.add_argument("files", type=Path, nargs="*")
+        if name == "table":
+            words.add_argument(
+                "--write", type=Path, help="Markdown with <!-- table: NAME --> <!-- end -->"
+            )
+
+
+def add_part(parts: Any, name: str, part: Callable[[Any], None]) -> Parser:
+    words = parts.add_parser(name)
+    words.set_defaults(part=part)
+    words.add_argument("--out", type=Path, default=argparse.SUPPRESS)
+    return words
+
+
+def run_parts(
+    description: str | None, arguments: Callable[[Parser], None], quick: Mapping[str, str]
+) -> None:
+    """Run the part that the command line names; with ``--quick`` every part of ``quick``, as its
+    words say, into the folder ``--out``."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="every part at a tiny shape")
+    parser.add_argument("--out", type=Path, help="file; with --quick a folder")
+    arguments(parser)
+    given = parser.parse_args()
+    if hasattr(given, "part") and not given.quick:
+        run_part(given)
+        return
+    if hasattr(given, "part") or not given.quick or given.out is None:
+        parser.error(f"name a part ({', '.join(quick)}), or say --quick --out FOLDER")
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name, words in quick.items():
+        out = given.out / f"{name}.{SUFFIXES.get(name, 'json')}"
+        run_part(parser.parse_args([name, "--out", str(out), *words.split()]))
+
+
+def run_part(given: argparse.Namespace) -> None:
+    if getattr(given, "threads", None):
+        torch.set_num_threads(given.threads)
+    given.part(given)
+
+
+if __name__ == "__main__":
+    run_parts(__doc__, arguments, dict.fromkeys(PARTS, ""))

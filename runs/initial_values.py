@@ -1,14 +1,17 @@
 """Which initial values for A, B and beta? Candidates x seeds on the arXiv abstracts.
 
     python runs/initial_values.py --abstracts DIR --out OUT [--jobs 2]
+    python runs/initial_values.py --quick --out OUT     # one step of a tiny shape, one seed
 
 Each candidate trains the same shape on the same rows in the same order; only the initial values
 differ. Writes OUT/initial_values.json and prints the table for LOG.md.
+
+JSON initial_values: by name step, val_loss, val_perplexity, val_tokens, tokens,
+tokens_per_s_median, beta.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 
 import sweep
@@ -28,6 +31,7 @@ COMMON = (
     "--data.validation-tokens 131072 --optimizer.lr 5e-3 --train.steps 200 --train.batch-size 8 "
     "--train.threads 1 --train.eval-every-steps 0 --train.save-every-steps 100"
 ).split()
+QUICK = [*sweep.shape_words(sweep.QUICK_SHAPE), *sweep.QUICK_COMMON, "--train.steps=1"]
 
 
 def run_name(candidate: str, seed: int) -> str:
@@ -37,19 +41,18 @@ def run_name(candidate: str, seed: int) -> str:
 
 def main() -> None:
     given, corpus = sweep.begin(__doc__)
+    common, seeds = (QUICK, SEEDS[:1]) if given.quick else (COMMON, SEEDS)
     specs = {
-        run_name(name, seed): [
-            *COMMON, *corpus, *words.split(), "--train.seed", str(seed),
-        ]
+        run_name(name, seed): [*common, *corpus, *words.split(), "--train.seed", str(seed)]
         for name, words in CANDIDATES.items()
-        for seed in SEEDS
-    }  # fmt: skip
+        for seed in seeds
+    }
     found = sweep.run_all(specs, given.out, given.jobs)
-    (given.out / "initial_values.json").write_text(json.dumps(found, indent=1) + "\n")
+    sweep.write_report(given.out / "initial_values.json", found)
     print("| initial values | perplexity by seed | mean | beta after: least, median, most |")
     print("|---|---|---|---|")
     for name in CANDIDATES:
-        rows = [found[run_name(name, seed)] for seed in SEEDS]
+        rows = [found[run_name(name, seed)] for seed in seeds]
         if any("failed" in row for row in rows):
             print(f"| {name} | failed | | |")
             continue

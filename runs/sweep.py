@@ -1,7 +1,13 @@
 """Run many trainings, some at a time, each in its own process; what is finished is not run again.
 
-A spec is the words after ``crnet train``. A run that was interrupted goes on from its last
-checkpoint, so a sweep can be stopped and started at will.
+    python runs/sweep.py SPECS.json --out OUT [--jobs 2]
+    python runs/sweep.py --quick --out OUT     # two tiny runs, in this process
+
+SPECS.json: an object of name -> the words after ``crnet train``, one string. Each run gets the
+folder OUT/NAME. A run that was interrupted goes on from its last checkpoint, so a sweep can be
+stopped and started at will.
+
+JSON sweep: by name step, val_loss, val_perplexity, val_tokens, tokens, tokens_per_s_median, beta.
 """
 
 from __future__ import annotations
@@ -16,31 +22,63 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 VALIDATION_LINES = 2000
+QUICK_CORPUS = f"--data.source {Path(__file__).parent}/*.py --data.documents line".split()
+QUICK_COMMON = (
+    "--data.vocab-size 300 --data.sequence-length 16 --data.validation-tokens 64 "
+    "--train.batch-size 2 --train.threads 1 --train.device cpu --train.eval-every-steps 0"
+).split()
+QUICK_SHAPE = {"hidden_size": 8, "intermediate_size": 16, "num_layers": 2, "num_heads": 2}
 
 
 def run_all(specs: Mapping[str, Sequence[str]], out: Path, jobs: int) -> dict[str, dict]:
-    """Run every spec; return its final evaluation by name. A failed run is kept and reported."""
+    """Run every spec; return its final evaluation by name. A failed run is kept and reported.
+
+    ``jobs``: so many processes at a time; 0: one run after the other, in this process.
+    """
 
     def one(name: str) -> tuple[str, dict]:
-        folder = out / name
-        found = final_evaluation(folder)
-        if found is None:
-            resume = ["--resume"] if (folder / "run.json").exists() else []
-            words = [sys.executable, "-m", "crnet", "train", "--out", str(folder)]
-            done = subprocess.run(
-                [*words, *resume, *specs[name]], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-                print(f"{name}: failed: {last[0]}", flush=True)
-                return name, {"failed": last[0]}
-            found = final_evaluation(folder)
-            assert found is not None
-            print(f"{name}: perplexity {found['val_perplexity']:.2f}", flush=True)
-        return name, found
+        return name, _run(name, specs[name], out / name, own_process=jobs > 0)
 
+    if not jobs:
+        return dict(map(one, specs))
     with ThreadPoolExecutor(jobs) as pool:
         return dict(pool.map(one, specs))
+
+
+def _run(name: str, words: Sequence[str], folder: Path, own_process: bool) -> dict:
+    found = final_evaluation(folder)
+    if found is None:
+        resume = ["--resume"] if (folder / "run.json").exists() else []
+        words = ["train", "--out", str(folder), *resume, *words]
+        problem = train(words) if own_process else train_here(words)
+        if problem is not None:
+            print(f"{name}: failed: {problem}", flush=True)
+            return {"failed": problem}
+        found = final_evaluation(folder)
+        assert found is not None
+        print(f"{name}: perplexity {found['val_perplexity']:.2f}", flush=True)
+    return found
+
+
+def train(words: Sequence[str]) -> str | None:
+    """Run ``crnet`` with these words; what went wrong, if anything did."""
+    command = [sys.executable, "-m", "crnet", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines()[-1:] or ["no message"])[0]
+
+
+def train_here(words: Sequence[str]) -> str | None:
+    """``train`` in this process: nothing is imported twice."""
+    from crnet.cli.app import main
+
+    try:
+        main(list(words))
+    except SystemExit as ended:
+        if ended.code:
+            return f"exit code {ended.code}"
+    return None
 
 
 def final_evaluation(folder: Path) -> dict | None:
@@ -71,13 +109,27 @@ def beta_range(weights: Path) -> list[float] | None:
 
 
 def begin(description: str | None) -> tuple[argparse.Namespace, list[str]]:
-    """Read a script's command line; return it and the words that name the corpus."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--abstracts", type=Path, required=True)
+    """Read a study's command line; return it and the words that name the corpus."""
+    parser = make_parser(description)
+    parser.add_argument("--abstracts", type=Path, help="folder of the arXiv abstracts")
+    given = parser.parse_args()
+    if given.quick:
+        given.jobs = 0
+        return given, QUICK_CORPUS
+    if given.abstracts is None:
+        parser.error("--abstracts names the corpus; or say --quick")
+    return given, abstracts(given.abstracts, given.out)
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every program of this folder understands."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)
-    given = parser.parse_args()
-    return given, abstracts(given.abstracts, given.out)
+    parser.add_argument("--quick", action="store_true", help="tiny runs, in this process")
+    return parser
 
 
 def abstracts(folder: Path, out: Path) -> list[str]:
@@ -94,3 +146,34 @@ def abstracts(folder: Path, out: Path) -> list[str]:
         f"--data.source {source} --data.validation-source {validation} "
         "--data.text-key title,abstract"
     ).split()
+
+
+def shape_words(shape: Mapping[str, int]) -> list[str]:
+    """A shape as words for ``crnet train``."""
+    return [f"--model.{key.replace('_', '-')}={value}" for key, value in shape.items()]
+
+
+def write_report(path: Path, report: Mapping) -> None:
+    """Write a JSON file into a folder that may not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("specs", type=Path, nargs="?", metavar="SPECS.json")
+    given = parser.parse_args()
+    if given.quick:
+        words = [*shape_words(QUICK_SHAPE), *QUICK_COMMON, *QUICK_CORPUS, "--train.steps=1"]
+        specs = {f"seed{seed}": [*words, f"--train.seed={seed}"] for seed in (0, 1)}
+        given.jobs = 0
+    elif given.specs is None:
+        parser.error("SPECS.json says what to run; or say --quick")
+    else:
+        read = json.loads(given.specs.read_text(encoding="utf-8"))
+        specs = {name: words.split() for name, words in read.items()}
+    write_report(given.out / "sweep.json", run_all(specs, given.out, given.jobs))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
 import types
 import typing
@@ -13,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from crnet import linears, optimizers
-from crnet.config import presets
+from crnet import architectures, linears, optimizers, schedules, streams
+from crnet.config import presets, sections
 from crnet.config.check import check
-from crnet.config.sections import SECTIONS, RunConfig
+from crnet.config.sections import SECTIONS, RunConfig, choose, field_name
 from crnet.config.serialize import from_dict, override, read_json, to_dict
 from crnet.errors import ConfigError
 
@@ -120,25 +122,28 @@ def to_dict_value(value: Any) -> Any:
 
 def test_sections_are_all_there_is() -> None:
     assert {path[0] for path, _, _ in FIELDS} == {"preset", *SECTIONS}
-    assert {path[1] for path, _, _ in FIELDS if len(path) == 3} <= set(linears.names())
+    methods = {
+        field_name(name)
+        for seam in (architectures, linears, optimizers, schedules, streams)
+        for name in seam.names()
+        if seam.get(name).Options is not None
+    }
+    assert {path[1] for path, _, _ in FIELDS if len(path) == 3} == methods
     assert len(FIELDS) == len({path for path, _, _ in FIELDS}) > 45
 
 
 def test_every_field_says_what_it_is() -> None:
     """The sentence under a field is its help line."""
-    import ast
-    import inspect
-
-    from crnet.config import sections as module
-
-    for name in ("ModelConfig", "DataConfig", "OptimizerConfig", "TrainConfig"):
-        (tree,) = ast.parse(inspect.getsource(getattr(module, name))).body
+    for name in ("BaseModelConfig", "DataConfig", "BaseOptimizerConfig", "TrainConfig"):
+        (tree,) = ast.parse(inspect.getsource(getattr(sections, name))).body
         assert isinstance(tree, ast.ClassDef)
         for before, after in zip(tree.body, [*tree.body[1:], None], strict=True):
             if isinstance(before, ast.AnnAssign):
                 assert isinstance(before.target, ast.Name)
-                if before.target.id not in linears.names():  # sections of their own
-                    assert isinstance(after, ast.Expr), (name, before.target.id)
+                from_seam = isinstance(before.annotation, ast.Name) and before.annotation.id in (
+                    *("Architecture", "Linear", "Stream", "Optimizer", "Schedule"),
+                )
+                assert from_seam or isinstance(after, ast.Expr), (name, before.target.id)
 
 
 def test_defaults_need_nothing() -> None:
@@ -381,8 +386,14 @@ def test_check_names_every_position_and_block_of_a_bad_rank() -> None:
         assert f"to {positions} in block 8, above the smaller width there, {limit};" in told
 
 
-@pytest.mark.parametrize("linear", linears.names())
-@pytest.mark.parametrize("optimizer", optimizers.names())
+def pairs() -> list[tuple[str, str]]:
+    """Every parameterization and every optimizer, each at least once."""
+    rows, columns = linears.names(), optimizers.names()
+    count = max(len(rows), len(columns))
+    return [(rows[idx % len(rows)], columns[idx % len(columns)]) for idx in range(count)]
+
+
+@pytest.mark.parametrize(("linear", "optimizer"), pairs())
 def test_check_takes_what_is_sound(linear: str, optimizer: str) -> None:
     edge = {
         "model": {"linear": linear, "rank": "2", "num_kv_heads": 1, "num_heads": 96},
@@ -391,6 +402,14 @@ def test_check_takes_what_is_sound(linear: str, optimizer: str) -> None:
         "train": {"steps": 1, "micro_batch_size": 16, "keep_checkpoints": 0, "seed": 0},
     }
     assert problems_of(override(BASE, **edge)) == []
+
+
+def test_choosing_another_method_resets_the_options_of_the_former() -> None:
+    changed = override(BASE, model={"crnet": {"beta_init": 0.5}}).model
+    assert choose(changed, "linear", "crnet") == changed
+    other = choose(changed, "linear", "full")
+    assert (other.linear, other.crnet) == ("full", BASE.model.crnet)
+    assert problems_of(dataclasses.replace(BASE, model=other)) == []
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:

@@ -1,84 +1,229 @@
-"""The house itself: layers, cycles, lengths, the map from the paper, the README's commands."""
+"""The house itself: layers, cycles, lengths, names, the map from the paper, the commands."""
 
 from __future__ import annotations
 
 import ast
 import re
 import shlex
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from crnet.cli.commands import app
+from crnet import architectures, linears, optimizers, schedules, streams
+from crnet.cli.app import build_app
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "crnet"
 
-# A module may import from its own layer's entries to the left of it and from lower layers only.
+# From the bottom up. A module imports from lower lines, and from its own room.
 LAYERS = [
-    ["registry", "errors"],
-    ["kernels"],
-    ["config", "linears", "optimizers"],
-    ["cost", "paper"],
+    ["errors", "specs"],
+    ["kernels", "registry"],
+    ["layers"],
+    ["linears", "streams", "optimizers", "schedules"],
+    ["architectures"],
     ["recompute"],
-    ["model"],
-    ["data"],
-    ["storage", "inference", "report", "measure"],
-    ["train"],
+    ["config"],
+    ["model", "storage"],
+    ["cost"],
+    ["paper", "data"],
+    ["inference", "report"],
+    ["train", "measure"],
     ["compare"],
     ["cli"],
     ["__main__"],
 ]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+SEAMS = (architectures, linears, optimizers, schedules, streams)
+
+# Where a method may be named: its own file, recipes and defaults, studies, the paper's tables.
+NAMING = {"config/presets.py", "config/defaults.py", "compare", "paper"}
 
 
-def layer(module: str) -> int:
-    return next(index for index, names in enumerate(LAYERS) if module in names)
+@cache
+def modules() -> dict[str, Path]:
+    """Dotted name in the package -> file."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return {name: path for name, path in found.items() if name}
 
 
-def top_level_imports(path: Path) -> set[str]:
-    """Modules of the package that a file imports when it is imported (not inside functions)."""
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Modules of the package that a file imports anywhere, also under TYPE_CHECKING and inside
+    functions."""
     found = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("crnet"):
-            parts = (node.module or "").split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            base = (node.module or "").split(".")
+            if base[0] == "crnet":
+                for alias in node.names:
+                    whole = ".".join([*base[1:], alias.name])
+                    found.add(whole if whole in modules() else ".".join(base[1:]))
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("crnet.")}
-    return found - {"__version__"}
+            found |= {alias.name[6:] for alias in node.names if alias.name.startswith("crnet.")}
+    return frozenset(name for name in found if name in modules())
 
 
-def modules() -> list[tuple[str, Path]]:
-    return [
-        (path.relative_to(SOURCE).parts[0].removesuffix(".py"), path)
-        for path in sorted(SOURCE.rglob("*.py"))
-        if path != SOURCE / "__init__.py"
-    ]
+def room(module: str) -> str:
+    return module.split(".")[0]
 
 
 def test_every_module_has_a_layer():
-    assert {name for name, _ in modules()} == {name for names in LAYERS for name in names}
+    assert {room(name) for name in modules()} == set(LEVEL)
 
 
-@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: str(value))
-def test_imports_go_downwards(name, path):
-    for imported in top_level_imports(path) - {name}:
-        if name in ("inference", "measure") and imported == "cost":
+def test_imports_go_downwards():
+    wrong = [
+        f"{name} imports {imported}"
+        for name, path in modules().items()
+        for imported in imports(path)
+        if room(imported) != room(name) and LEVEL[room(imported)] >= LEVEL[room(name)]
+    ]
+    assert wrong == []
+
+
+def test_no_cycle():
+    """Not between modules, wherever an import stands."""
+    graph = {name: set(imports(path)) - {name} for name, path in modules().items()}
+    # A seam's __init__ discovers its methods by their folder: it imports none of them.
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for imported in sorted(graph[name]):
+                visit(imported, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_no_method_imports_another():
+    for seam in ("linears", "streams", "optimizers", "schedules", "architectures"):
+        for name, path in modules().items():
+            parts = name.split(".")
+            if parts[0] != seam or len(parts) < 2 or parts[1].startswith("_"):
+                continue
+            others = {
+                imported
+                for imported in imports(path)
+                if imported.startswith(f"{seam}.")
+                and imported.split(".")[1] != parts[1]
+                and not imported.split(".")[1].startswith("_")
+            }
+            assert not others, (name, others)
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef, int]]:
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                yield path, node, node.end_lineno - node.lineno + 1
+
+
+def test_files_are_short():
+    long = [
+        str(path)
+        for path in modules().values()
+        if len(path.read_text().splitlines()) > 500
+        and "Longer than 500 lines" not in (ast.get_docstring(ast.parse(path.read_text())) or "")
+    ]
+    assert long == [], "split it, or say in its header why it is longer than 500 lines"
+
+
+def test_functions_are_short():
+    long = [f"{path.name}:{node.name} {size}" for path, node, size in functions() if size > 60]
+    assert long == []
+    assert statistics.median(size for _, _, size in functions()) <= 12
+
+
+def owner(path: Path) -> str:
+    """The method's file or folder that a file belongs to; the file itself elsewhere."""
+    parts = path.relative_to(SOURCE).parts
+    return "/".join(parts[:2]) if parts[0] in {seam.__name__[6:] for seam in SEAMS} else str(path)
+
+
+def spellings(name: str) -> set[str]:
+    """A method's name as it may stand in code: value-resformer, value_resformer, ValueResformer."""
+    words = re.split(r"[-_]", name)
+    return {name, "_".join(words), "".join(words), "".join(word.capitalize() for word in words)}
+
+
+def test_no_method_is_named_outside_its_folder():
+    """In no spelling: not as a string, a name or an attribute. Words of the language that are also
+    names of methods count as strings alone; the package's own name is no method's."""
+    common = {"full", "crnet", "cosine", "residual"}
+    homes = {}
+    for seam in SEAMS:
+        for name in seam.names():
+            method = seam.get(name)
+            homes[name] = owner(Path(sys.modules[type(method).__module__].__file__ or ""))
+    wrong = []
+    for path in modules().values():
+        inside = path.relative_to(SOURCE).as_posix()
+        if inside in NAMING or inside.split("/")[0] in NAMING:
             continue
-        assert layer(imported) <= layer(name), f"{path.name} imports {imported}"
+        tree = ast.parse(path.read_text())
+        strings, names = _words(tree)
+        for name, home in homes.items():
+            if owner(path) == home:
+                continue
+            found = {each for each in spellings(name) if each in strings}
+            if name == "crnet":  # the program's name, in messages and paths
+                found = (
+                    set()
+                    if inside.startswith(("cli/", "registry", "train/", "storage/", "data/"))
+                    else found
+                )
+            if name not in common:
+                found |= spellings(name) & names
+            wrong += [f"{inside}: {each}" for each in found]
+    assert wrong == []
 
 
-@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: str(value))
-def test_files_are_short(name, path):
-    assert len(path.read_text().splitlines()) <= 720, "split it, or say in its header why not"
+def _words(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """String constants that are no docstring, and every identifier."""
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    strings, names = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in documentation:
+                strings.add(node.value)
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.alias):
+            names |= {node.name, node.asname or ""}
+    return strings, names
 
 
-def test_nothing_above_the_seams_names_a_method():
-    methods = re.compile(r"""==\s*["'](crnet|lowrank|full|adamw)["']""")
-    for name, path in modules():
-        if name not in ("linears", "optimizers"):
-            assert not methods.search(path.read_text()), path
+PHRASES = ("bit the same", "nats a token")
+PRONOUNS = {"its", "said", "again", "theirs", "hers"}
+
+
+def test_no_private_vocabulary():
+    """Names and phrases that only their author understood (docs/glossary.md has the field's)."""
+    wrong = []
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Name | ast.arg):
+                name = node.id if isinstance(node, ast.Name) else node.arg
+                if name in PRONOUNS:
+                    wrong.append(f"{path.name}:{node.lineno} {name}")
+        wrong += [f"{path.name}: {each}" for each in PHRASES if each in path.read_text()]
+    assert wrong == []
 
 
 def test_names_of_the_paper_map_exist():
@@ -100,27 +245,40 @@ def test_links_of_the_documents_lead_somewhere():
             assert (document.parent / target).exists(), (document.name, target)
 
 
+def test_contributing_shows_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for name in set(LEVEL) - {"__main__"}:
+        assert re.search(rf"\b{name}\b", text), name
+
+
 def commands() -> list[str]:
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    return re.findall(r"^    (crnet [^\n#]+?)\s*(?:#.*)?$", text, re.M)
+    found = []
+    for document in documents():
+        text = document.read_text().replace("\\\n", " ")
+        found += re.findall(r"^    (crnet [^\n#]+?)\s*(?:#.*)?$", text, re.M)
+    return found
 
 
-def test_the_readme_shows_commands():
+def test_the_documents_show_commands():
     assert len(commands()) >= 8
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_of_the_readme_parse(command):
+def test_commands_of_the_documents_parse():
     """Every flag exists and every value has the right type; nothing is run."""
-    words = shlex.split(command)[1:]
-    function, _, _ = app.parse_args(words, exit_on_error=False, print_error=False)
-    assert function is app[words[0]].default_command
+    app = build_app()
+    for command in commands():
+        if "--plugins" in command or "FILE" in command:
+            continue
+        words = shlex.split(command)[1:]
+        function, _, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+        assert function is app[words[0]].default_command, command
 
 
-def test_make_targets_of_the_readme_exist():
+def test_make_targets_of_the_documents_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^    make ([a-z-]+)", (ROOT / "README.md").read_text(), re.M):
-        assert re.search(rf"^{target}:", makefile, re.M), target
+    for document in documents():
+        for target in re.findall(r"^    make ([a-z-]+)", document.read_text(), re.M):
+            assert re.search(rf"^{target}:", makefile, re.M), target
 
 
 def test_module_runs_as_a_program():
@@ -128,3 +286,9 @@ def test_module_runs_as_a_program():
         [sys.executable, "-m", "crnet", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == __import__("crnet").__version__
+
+
+@pytest.mark.parametrize("name", ["kernels", "recompute", "linears"])
+def test_rooms_say_what_they_are(name: str):
+    text = (SOURCE / name / "__init__.py").read_text()
+    assert name in ("recompute",) or ast.get_docstring(ast.parse(text))

@@ -6,6 +6,8 @@ Equality is exact for integers and for a gain; a tolerance is named where it is 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,19 +15,19 @@ from torch import Tensor
 
 from crnet import linears
 from crnet.config import presets
-from crnet.config.sections import ModelConfig
-from crnet.linears import POSITIONS, Slot, parse_ranks
-from crnet.linears.crnet import CRNetOptions
-from crnet.linears.crnet.module import EPS, CRNetLinear, gain
-from crnet.linears.full.module import FullLinear
+from crnet.config.model_spec import ModelSpec, model_spec
+from crnet.linears import parse_ranks
+from crnet.linears._maps import DenseMap, LowRankMap
+from crnet.linears.crnet import CRNetOptions, ResFormerOptions
+from crnet.linears.crnet.module import EPS, CRNetMap, gain
 from crnet.linears.lowrank import LowRankOptions
-from crnet.linears.lowrank.module import LowRankLinear, init_factors
-from crnet.model.backbone import LanguageModel, build
-from shapes import TINY
+from crnet.model.build import initial_values
+from crnet.model.language_model import LanguageModel
+from crnet.model.seeds import generator_of
+from crnet.specs import Slot
+from shapes import error, make, tiny
 
-
-def tiny(**changes: object) -> ModelConfig:
-    return dataclasses.replace(TINY, **changes)  # type: ignore[arg-type]
+POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -38,7 +40,13 @@ PUBLISHED = {"aligned-parameters": "5x3,6x4", "aligned-memory": "7"}
 
 
 def ranks(text: str, num_blocks: int = 7) -> dict[str, list[int]]:
-    return parse_ranks(text, num_blocks=num_blocks, hidden_size=512, published=PUBLISHED)
+    return parse_ranks(
+        text,
+        num_blocks=num_blocks,
+        hidden_size=512,
+        published=PUBLISHED,
+        positions=POSITIONS,
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,6 +110,7 @@ def test_ranks_of_no_block():
         ("96/v", "'' cannot be read"),
         ("96/v=8x2", "8x2 gives 2 ranks, but 7 blocks"),
         ("/v=8", "'' cannot be read"),
+        ("96/v=8/v=9", "gives v twice; leave one out"),
     ],
 )
 def test_unreadable_ranks(text: str, message: str):
@@ -140,12 +149,14 @@ WIDTHS = {
     ],
 )
 def test_slots(changes: dict, expected: list[list[int]]):
-    config = tiny(**changes)
-    assert linears.slots(config) == [
-        Slot(position, layer_idx, *WIDTHS[position], rank, config.num_layers)
+    spec = model_spec(tiny(**changes, init_std=0.3))
+    assert spec.slots == tuple(
+        tuple(
+            Slot(position, layer_idx, spec.num_layers, *WIDTHS[position], rank, 0.3)
+            for position, rank in zip(POSITIONS, block, strict=True)
+        )
         for layer_idx, block in enumerate(expected)
-        for position, rank in zip(POSITIONS, block, strict=True)
-    ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +164,7 @@ def test_slots(changes: dict, expected: list[list[int]]):
 )
 def test_slots_of_another_depth(linear: str, rank: str):
     with pytest.raises(ValueError, match=r"--model\.rank"):
-        linears.slots(tiny(linear=linear, rank=rank))
+        model_spec(tiny(linear=linear, rank=rank))
 
 
 def test_unknown_parameterization():
@@ -164,15 +175,34 @@ def test_unknown_parameterization():
 def test_modules_of_slots():
     """CR-Net: the first block's modules are dense, or plain factors where it has a rank."""
 
-    def kinds(**changes: object) -> list[type]:
-        blocks = build(tiny(**changes), seed=0).model.layers
-        return [type(block.linear("v")) for block in blocks]
+    def kinds(**changes: Any) -> list[type]:
+        return [type(block.maps["v"]) for block in make(tiny(**changes)).model.blocks()]
 
-    assert kinds(linear="full") == [FullLinear] * 3
-    assert kinds(linear="lowrank") == [LowRankLinear] * 3
-    assert kinds(linear="crnet") == [FullLinear, CRNetLinear, CRNetLinear]
+    assert kinds(linear="full") == [DenseMap] * 3
+    assert kinds(linear="lowrank") == [LowRankMap] * 3
+    assert kinds(linear="crnet") == [DenseMap, CRNetMap, CRNetMap]
+    assert kinds(linear="resformer") == [DenseMap, CRNetMap, CRNetMap]
     options = CRNetOptions(first_rank=3)
-    assert kinds(linear="crnet", crnet=options) == [LowRankLinear, CRNetLinear, CRNetLinear]
+    assert kinds(linear="crnet", crnet=options) == [LowRankMap, CRNetMap, CRNetMap]
+
+
+@pytest.mark.parametrize(
+    ("linear", "reads", "hands"),
+    [
+        ("full", (), ()),
+        ("lowrank", (), ()),
+        ("crnet", ("below", "below"), (0, 1)),
+        ("resformer", ("first", "first"), (0,)),
+    ],
+)
+def test_who_reads_whom(linear: str, reads: tuple[str, ...], hands: tuple[int, ...]):
+    """Every position of a block alike; what nobody reads is not handed on."""
+    spec = model_spec(tiny(linear=linear))
+    for source, block in zip(("", *reads), spec.reads, strict=False):
+        assert {name: read.source for name, read in block.items()} == (
+            dict.fromkeys(POSITIONS, source) if source else {}
+        )
+    assert spec.hands == tuple(POSITIONS if idx in hands else () for idx in range(3))
 
 
 @pytest.mark.parametrize(
@@ -184,17 +214,18 @@ def test_modules_of_slots():
         (
             "crnet",
             CRNetOptions(beta_lr_factor=-1.0, first_rank=-2),
-            ["--model.crnet.first-rank is -2", "--model.crnet.beta-lr-factor is -1.0"],
+            ["--model.crnet.beta-lr-factor is -1.0", "--model.crnet.first-rank is -2"],
         ),
         ("crnet", CRNetOptions(learnable_beta=False, beta_init=0.0), ["is plain low rank"]),
         ("crnet", CRNetOptions(learnable_beta=True, beta_init=0.0), []),
         ("lowrank", LowRankOptions(), []),
         ("lowrank", LowRankOptions(lr_factor=0.0), ["--model.lowrank.lr-factor is 0.0"]),
+        ("resformer", ResFormerOptions(lr_factor=-1.0), ["--model.resformer.lr-factor is -1.0"]),
         ("full", None, []),
     ],
 )
 def test_problems(linear: str, options: object, fragments: list[str]):
-    problems = linears.get(linear).problems(options)
+    problems = linears.get(linear).problems(options, ())
     assert len(problems) == len(fragments)
     for problem, fragment in zip(problems, fragments, strict=True):
         assert fragment in problem
@@ -203,70 +234,73 @@ def test_problems(linear: str, options: object, fragments: list[str]):
 # --- initial values -----------------------------------------------------------------------------
 
 
-def factors(init: str, d: int, r: int, f: int, std: float = 0.02) -> tuple[Tensor, Tensor]:
-    a, b = torch.full((d, r), float("nan")), torch.full((r, f), float("nan"))
-    init_factors(a, b, init, std, generator())
-    return a, b
+def pairs(init: str, d: int, r: int, f: int, std: float = 0.02) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of q (D, D), up (D, F) and down (F, D) of a model with one low-rank block."""
+    shape = {"hidden_size": d, "intermediate_size": f, "num_layers": 1, "vocab_size": 8}
+    shape["num_kv_heads"] = None
+    options = LowRankOptions(init=init)  # type: ignore[arg-type]
+    spec = model_spec(tiny(linear="lowrank", rank=str(r), init_std=std, lowrank=options, **shape))
+    values = dict(initial_values(spec, seed=0))
+    found = {}
+    for slot in spec.slots[0]:
+        if slot.position in ("q", "up", "down"):
+            name = spec.map_name(slot)
+            found[name] = values[f"{name}.A"], values[f"{name}.B"]
+    return found
 
 
-@pytest.mark.parametrize(("d", "r", "f"), [(512, 96, 512), (512, 128, 1376), (1376, 128, 512)])
-@pytest.mark.parametrize("std", [0.02, 0.1])
-def test_balanced_factors(d: int, r: int, f: int, std: float):
+@pytest.mark.parametrize(("r", "std"), [(96, 0.02), (128, 0.1)])
+def test_balanced_factors(r: int, std: float):
     """Both of standard deviation (std / sqrt R)^(1/2), so that their product has ``std``.
 
     2%: the relative deviation of the product's is sqrt((2/D + 2/F) / R) / 2, below 0.5% here.
     """
-    a, b = factors("balanced", d, r, f, std)
-    each = (std / r**0.5) ** 0.5
-    assert float((a @ b).std()) == pytest.approx(std, rel=0.02)
-    assert float(a.std()) == pytest.approx(each, rel=0.02)
-    assert float(b.std()) == pytest.approx(each, rel=0.02)
-    assert abs(float(a.mean())) < 4 * each / (d * r) ** 0.5  # four deviations of a mean
+    for a, b in pairs("balanced", 512, r, 1376, std).values():
+        each = (std / r**0.5) ** 0.5
+        assert float((a @ b).std()) == pytest.approx(std, rel=0.02)
+        assert float(a.std()) == pytest.approx(each, rel=0.02)
+        assert float(b.std()) == pytest.approx(each, rel=0.02)
+        assert abs(float(a.mean())) < 4 * each / a.numel() ** 0.5  # four deviations of a mean
 
 
-@pytest.mark.parametrize(("d", "r", "f"), [(512, 96, 512), (256, 64, 1376)])
-def test_zero_b_factors(d: int, r: int, f: int):
+def test_zero_b_factors():
     """B exactly zero, A Gaussian of D^-1/2 (2%: three deviations of a deviation of D R items)."""
-    a, b = factors("zero-b", d, r, f)
-    assert torch.equal(b, torch.zeros(r, f))
-    assert float(a.std()) == pytest.approx(d**-0.5, rel=0.02)
-    assert bool((a != 0).all())
+    for a, b in pairs("zero-b", 256, 64, 1376).values():
+        assert torch.equal(b, torch.zeros_like(b))
+        assert float(a.std()) == pytest.approx(a.shape[0] ** -0.5, rel=0.02)
+        assert bool((a != 0).all())
 
 
-@pytest.mark.parametrize(("d", "r", "f"), [(48, 8, 48), (48, 8, 64), (64, 8, 48), (32, 32, 32)])
+@pytest.mark.parametrize(("d", "r", "f"), [(48, 8, 64), (32, 32, 32)])
 def test_spectral_factors(d: int, r: int, f: int):
-    """The truncated SVD of the dense matrix the same generator gives.
+    """The truncated SVD of the dense matrix that the same name gives.
 
     1e-5 of the largest item: fp32 against an fp64 SVD of the same numbers.
     """
-    a, b = factors("spectral", d, r, f)
-    dense = torch.empty(d, f).normal_(0, 0.02, generator=generator()).double()
-    left, values, right = torch.linalg.svd(dense, full_matrices=False)
-    expected = left[:, :r] * values[:r] @ right[:r]
-    product = a.double() @ b.double()
-    assert float((product - expected).abs().max() / expected.abs().max()) < 1e-5
-    # The best rank-R approximation errs by the singular values left out (Eckart and Young).
-    missing = float(torch.linalg.norm(dense - product))
-    assert missing == pytest.approx(float(torch.linalg.norm(values[r:])), rel=1e-5, abs=1e-5)
-    # Balanced: A^T A = B B^T = the singular values kept.
-    for gram in (a.T.double() @ a.double(), b.double() @ b.T.double()):
-        assert float((gram - values[:r].diag()).abs().max() / values[0]) < 1e-5
+    for name, (a, b) in pairs("spectral", d, r, f).items():
+        dense = torch.empty(a.shape[0], b.shape[1])
+        dense = dense.normal_(0, 0.02, generator=generator_of(0, name, "dense")).double()
+        left, values, right = torch.linalg.svd(dense, full_matrices=False)
+        expected = left[:, :r] * values[:r] @ right[:r]
+        product = a.double() @ b.double()
+        assert float((product - expected).abs().max() / expected.abs().max()) < 1e-5
+        # The best rank-R approximation errs by the singular values left out (Eckart and Young).
+        missing = float(torch.linalg.norm(dense - product))
+        assert missing == pytest.approx(float(torch.linalg.norm(values[r:])), rel=1e-5, abs=1e-5)
+        # Balanced: A^T A = B B^T = the singular values kept.
+        for gram in (a.T.double() @ a.double(), b.double() @ b.T.double()):
+            assert float((gram - values[:r].diag()).abs().max() / values[0]) < 1e-5
 
 
-def test_unknown_init():
-    with pytest.raises(ValueError, match="no initial values are named 'kaiming'; known: balanced"):
-        factors("kaiming", 4, 2, 4)
-
-
-@pytest.mark.parametrize("linear", ["crnet", "lowrank"])
+@pytest.mark.parametrize("linear", ["crnet", "lowrank", "resformer"])
 @pytest.mark.parametrize("init", ["balanced", "zero-b", "spectral"])
 def test_init_option_reaches_every_factor(linear: str, init: str):
-    """Each pair of the model is what ``init_factors`` gives: told apart by B and by A's Gram."""
-    options = {"crnet": CRNetOptions(init=init), "lowrank": LowRankOptions(init=init)}
-    model = build(tiny(linear=linear, init_std=0.05, **options), seed=0)
-    pairs = [m for m in model.modules() if hasattr(m, "A")]
-    assert len(pairs) == 7 * (2 if linear == "crnet" else 3)
-    for module in pairs:
+    """Each pair of the model is of that kind: told apart by B and by A's Gram."""
+    options = type(linears.get(linear).Options())(init=init)  # type: ignore[misc]
+    model = make(tiny(linear=linear, init_std=0.05, **{linear: options}))
+    found = [module for module in model.modules() if hasattr(module, "A")]
+    assert len(found) == 7 * (3 if linear == "lowrank" else 2)
+    for module in found:
         a, b = module.A.detach(), module.B.detach()
         is_zero = bool((b == 0).all())
         gram_a, gram_b = a.T @ a, b @ b.T
@@ -275,8 +309,8 @@ def test_init_option_reaches_every_factor(linear: str, init: str):
 
 
 def test_shapes_and_initial_beta():
-    model = build(tiny(crnet=CRNetOptions(beta_init=-0.3)), seed=0)
-    module = model.model.layers[1].linear("k")
+    model = make(tiny(crnet=CRNetOptions(beta_init=-0.3)))
+    module = model.model.blocks()[1].maps["k"]
     assert {n: tuple(p.shape) for n, p in module.named_parameters()} == {
         "A": (16, 4),
         "B": (4, 8),
@@ -289,16 +323,15 @@ def test_shapes_and_initial_beta():
         assert torch.equal(beta, torch.tensor([-0.3]))
 
 
-def test_fixed_beta_gets_no_gradient_and_no_group():
-    model = build(tiny(crnet=CRNetOptions(learnable_beta=False, beta_init=0.5)), seed=0)
+def test_fixed_beta_is_not_trained():
+    model = make(tiny(crnet=CRNetOptions(learnable_beta=False, beta_init=0.5)))
     loss, _ = model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))
     loss.backward()
     betas = {n: p for n, p in model.named_parameters() if n.endswith(".beta")}
     assert len(betas) == 14
     assert all(p.grad is None and p.tolist() == [0.5] for p in betas.values())
     assert all(p.grad is not None for n, p in model.named_parameters() if n not in betas)
-    named = {name for group in model.optimizer_groups() for name in group.names}
-    assert named == {n for n, _ in model.named_parameters()} - set(betas)
+    assert set(model.trained()) == {n for n, _ in model.named_parameters()} - set(betas)
 
 
 # --- the gain -----------------------------------------------------------------------------------
@@ -335,8 +368,8 @@ def with_dense_weights(linear: str, full: LanguageModel) -> LanguageModel:
 
     D <= F: A = I, B = W^T; else A = W^T, B = I. For CR-Net beta = 0.
     """
-    config = dataclasses.replace(full.config, linear=linear, rank="16/k=8/v=8")
-    model = build(config, seed=1).double()
+    config = dataclasses.replace(full.spec.config, linear=linear, rank="16/k=8/v=8")
+    model = make(config, seed=1).double()
     state = full.state_dict()
     for name in model.state_dict():
         if name.endswith(".beta"):
@@ -350,13 +383,13 @@ def with_dense_weights(linear: str, full: LanguageModel) -> LanguageModel:
     return model
 
 
-@pytest.mark.parametrize("linear", ["crnet", "lowrank"])
+@pytest.mark.parametrize("linear", ["crnet", "lowrank", "resformer"])
 def test_equals_full_rank(linear: str):
     """Same logits and same gradients of all that both models have, fp64: 1e-12 for the reordering.
 
     The factors' gradients follow from the dense one: with A = I dB = dW^T, with B = I dA = dW^T.
     """
-    full = build(tiny(linear="full", init_std=0.3), seed=0).double()
+    full = make(tiny(linear="full", init_std=0.3)).double()
     other = with_dense_weights(linear, full)
     tokens = torch.randint(0, 31, (2, 9), generator=generator())
     probe = torch.randn(2, 9, 31, generator=generator(), dtype=torch.float64)
@@ -393,20 +426,36 @@ def test_equals_full_rank(linear: str):
 
 
 def test_zero_b_starts_from_the_carry_alone():
-    """With B = 0 and no first block of its own a map returns gain x carry, to the bit."""
-    module = CRNetLinear(Slot("q", 1, 6, 5, 2, 3), CRNetOptions(init="zero-b"), 0.02)
-    module.reset_parameters(generator())
-    x, carry = torch.randn(2, 3, 6), torch.randn(2, 3, 5)
-    assert torch.equal(module(x, carry), carry * gain(module.beta))
+    """With B = 0 a map returns gain x carry, to the bit, and hands on what it returns."""
+    model = make(tiny(crnet=CRNetOptions(init="zero-b", beta_init=-0.7)))
+    module = model.model.blocks()[1].maps["q"]
+    x, carry = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+    output, handed = module(x, carry)
+    assert torch.equal(output, carry * gain(module.beta))
+    assert torch.equal(handed, output)
+
+
+@pytest.mark.parametrize("linear", ["full", "lowrank", "crnet", "resformer"])
+def test_the_dense_weight_is_the_map(linear: str):
+    """Without its carry; 1e-5 of the largest item: fp32 sums of 24 products in another order."""
+    for block in make(tiny(linear=linear)).model.blocks():
+        for module in block.maps.values():
+            weight = module.dense_weight()
+            x = torch.randn(2, 3, weight.shape[1])
+            carry = torch.zeros(2, 3, weight.shape[0])
+            assert error(module(x, carry)[0], x @ weight.T) < 1e-5
 
 
 # --- published sizes ----------------------------------------------------------------------------
 
 
-def total(preset: str, without_norms: bool, **changes: object) -> int:
-    model = dataclasses.replace(presets.get(preset).model, vocab_size=32_000, **changes)  # type: ignore[arg-type]
-    counts = linears.num_parameters(model)
-    return sum(counts.values()) - (counts["norms"] if without_norms else 0)
+def published(preset: str, **changes: Any) -> ModelSpec:
+    config = dataclasses.replace(presets.get(preset).model, vocab_size=32_000, **changes)
+    return model_spec(config)
+
+
+def total(spec: ModelSpec, *without: str) -> int:
+    return sum(it.num_items for it in spec.tensors.values() if it.role not in without)
 
 
 @pytest.mark.parametrize(
@@ -429,16 +478,17 @@ def test_published_crnet_sizes(
 ):
     """Table 10's ranks, exactly; their totals as printed, in millions, norms left out.
 
-    facts-and-errata.md, section 3: 2 V h + 4 h^2 + 3 h f + sum over blocks of r (11 h + 3 f), which
-    leaves the seven betas of each block out as well.
+    2 V h + 4 h^2 + 3 h f + sum over blocks of r (11 h + 3 f), which leaves the seven betas of each
+    block out as well.
     """
-    model = presets.get(preset).model
-    h, f = model.hidden_size, model.intermediate_size
-    slots = linears.slots(dataclasses.replace(model, linear="crnet", rank=rank))
-    assert [slot.rank for slot in slots if slot.position == "up"] == [0, *ranks]
+    spec = published(preset, linear="crnet", rank=rank)
+    h, f = spec.shape.hidden_size, spec.shape.intermediate_size
+    for block, expected_rank in zip(spec.slots, [0, *ranks], strict=True):
+        assert {slot.rank for slot in block} == {expected_rank}
     # An independent count: r (D + F) summed over the seven positions is r (11 h + 3 f).
     expected = 2 * 32_000 * h + 4 * h * h + 3 * h * f + sum(ranks) * (11 * h + 3 * f)
-    assert total(preset, True, linear="crnet", rank=rank) == expected + 7 * len(ranks)
+    assert total(spec, "norm", "gain") == expected
+    assert total(spec, "norm") == expected + 7 * len(ranks)
     assert round(expected / 1e6, digits) == printed
 
 
@@ -453,17 +503,28 @@ def test_published_crnet_sizes(
     ],
 )
 def test_published_lowrank_sizes(preset: str, rank: int, printed: float):
-    """baselines.md, section 2: 2 V h + L (2 h) + h + L r (8 h + 3 (h + f)), norms included."""
-    model = presets.get(preset).model
-    h, f, layers = model.hidden_size, model.intermediate_size, model.num_layers
-    count = total(preset, False, linear="lowrank", rank="aligned-parameters")
+    """2 V h + L (2 h) + h + L r (8 h + 3 (h + f)), norms included."""
+    spec = published(preset, linear="lowrank", rank="aligned-parameters")
+    h, f, layers = spec.shape.hidden_size, spec.shape.intermediate_size, spec.num_layers
+    count = total(spec)
     assert count == 2 * 32_000 * h + layers * (2 * h + rank * (11 * h + 3 * f)) + h
     assert round(count / 1e6, 2) == printed
 
 
-@pytest.mark.parametrize("name", ["llama-70b", "llama3-1b"])
-def test_other_published_ranks(name: str):
+@pytest.mark.parametrize(("name", "rank"), [("llama-70b", 8192 // 4), ("llama3-1b", 448)])
+def test_other_published_ranks(name: str, rank: int):
     """Appendix G: a quarter of the width at 70B. Appendix E.3: 448 at 1B with grouped heads."""
-    slots = linears.slots(presets.get(name).model)
-    rank = {"llama-70b": 8192 // 4, "llama3-1b": 448}[name]
-    assert {slot.rank for slot in slots if slot.layer_idx} == {rank}
+    slots = itertools.chain(*published(name, linear="crnet").slots[1:])
+    assert {slot.rank for slot in slots} == {rank}
+
+
+@pytest.mark.parametrize("linear", linears.names())
+def test_published_ranks_can_be_read(linear: str):
+    """Of every method, for the depth that their table speaks of."""
+    method = linears.get(linear)
+    for word, table in method.published_ranks.items():
+        assert word.startswith("aligned-")
+        for hidden_size, num_layers in table:
+            changes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": 8}
+            spec = model_spec(tiny(linear=linear, rank=word, num_kv_heads=None, **changes))
+            assert all(slot.rank > 0 for slot in spec.slots[-1])

@@ -1,4 +1,4 @@
-"""The planner: within the budget, no block can be raised, and table 10 as far as it follows."""
+"""The planner: within the budget, and no block of what it finds can be raised."""
 
 from __future__ import annotations
 
@@ -12,38 +12,55 @@ from typing import Any
 
 import pytest
 
-from crnet import linears
-from crnet.cli import commands as command_line
+from crnet.cli.app import app_for
 from crnet.config import presets
 from crnet.config.check import check
+from crnet.config.model_spec import ModelSpec
 from crnet.config.sections import ModelConfig, RunConfig
-from crnet.config.serialize import override
-from crnet.cost import activations as cost
-from crnet.cost import rank_search as planner
-from crnet.cost import table as estimate
-from crnet.cost.activations import Plan, Step
-from crnet.cost.rank_search import PROFILES, Budget, Found, Profile, find, parse_profile, table_10
+from crnet.config.serialize import command_line, override
+from crnet.config.units import GIB
+from crnet.cost.flops import block_flops
+from crnet.cost.micro_batch import MicroBatch
+from crnet.cost.parameters import num_parameters
+from crnet.cost.peak import peak_bytes
+from crnet.cost.rank_search import PROFILES, Budget, Found, RankProfile, find, parse_profile
+from crnet.cost.rank_search import schedule as shortest
+from crnet.cost.step import step_memory
+from crnet.cost.workload import workload
 from crnet.errors import ConfigError
-from crnet.linears import POSITIONS
+from crnet.linears import parse_ranks
+from crnet.linears.crnet import CRNetOptions
+from crnet.recompute.plan import RecomputePlan
 
-GIB = 2**30
+POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def spec_of(config: RunConfig) -> ModelSpec:
+    return workload(config).spec
 
 
 def total(config: RunConfig) -> int:
-    return estimate.num_parameters(config)["total"]
+    return workload(config).num_parameters()
 
 
 def state(config: RunConfig) -> int:
-    return sum(estimate.state_bytes(config).values())
+    return sum(workload(config).state_bytes.values())
+
+
+def memory(config: RunConfig) -> int:
+    return step_memory(workload(config))
 
 
 def flops_frac(config: RunConfig) -> float:
-    model = estimate.resolved(config).model
     ours, full = (
-        cost.block_flops(Step(its, 1, config.data.sequence_length), Plan())["forward"]
-        for its in (model, dataclasses.replace(model, linear="full"))
+        block_flops(MicroBatch(spec_of(each), 1, config.data.sequence_length), RecomputePlan())
+        for each in (config, full_rank(config))
     )
-    return ours / full
+    return ours["forward"] / full["forward"]
+
+
+def full_rank(config: RunConfig) -> RunConfig:
+    return override(config, model={"linear": "full"})
 
 
 def with_rank(config: RunConfig, rank: str) -> RunConfig:
@@ -55,17 +72,19 @@ def holds(config: RunConfig, budget: Budget) -> bool:
     return (
         (budget.parameters is None or total(config) <= budget.parameters)
         and (budget.state_gib is None or state(config) <= budget.state_gib * GIB)
-        and (budget.memory_gib is None or estimate.peak_bytes(config) <= budget.memory_gib * GIB)
+        and (budget.memory_gib is None or memory(config) <= budget.memory_gib * GIB)
         and (budget.flops_frac is None or flops_frac(config) <= budget.flops_frac)
     )
 
 
 def ranks_of(config: RunConfig) -> list[list[int]]:
     """Of the blocks that the schedule speaks of, seven each."""
-    first = linears.get(config.model.linear).first_ranked_layer_idx
-    ranks = [slot.rank for slot in linears.slots(config.model)]
-    blocks = [ranks[at : at + 7] for at in range(0, len(ranks), 7)]
-    return blocks[first:]
+    spec = spec_of(config)
+    return [
+        [slot.rank for slot in block]
+        for idx, block in enumerate(spec.slots)
+        if spec.linear.fixed_rank(idx, spec.linear_options) is None
+    ]
 
 
 def written(blocks: list[list[int]]) -> str:
@@ -77,9 +96,8 @@ def written(blocks: list[list[int]]) -> str:
 
 def raisable(config: RunConfig, multiple: int) -> list[RunConfig]:
     """The configuration with one block raised by one multiple, for every block that can be."""
-    blocks = ranks_of(config)
-    sizes = linears.slot_sizes(config.model)
-    caps = [min(sizes[position]) // multiple * multiple for position in POSITIONS]
+    blocks, positions = ranks_of(config), spec_of(config).positions
+    caps = [min(each.in_size, each.out_size) // multiple * multiple for each in positions]
     found = []
     for idx, block in enumerate(blocks):
         more = [min(rank + multiple, cap) for rank, cap in zip(block, caps, strict=True)]
@@ -94,16 +112,16 @@ def check_found(found: Found, budget: Budget, multiple: int) -> None:
     check(config)
     assert holds(config, budget)
     assert found.rank == config.model.rank
-    for slot in linears.slots(config.model):
-        if slot.layer_idx >= linears.get(config.model.linear).first_ranked_layer_idx:
-            assert slot.rank % multiple == 0
-            assert multiple <= slot.rank <= min(slot.in_size, slot.out_size)
+    for block, widths in [(block, spec_of(config).positions) for block in ranks_of(config)]:
+        for rank, position in zip(block, widths, strict=True):
+            assert rank % multiple == 0
+            assert multiple <= rank <= min(position.in_size, position.out_size)
     assert ranks_of(with_rank(config, written(ranks_of(config)))) == ranks_of(config)
-    assert found.parameters == estimate.num_parameters(config)
-    assert found.state_bytes == estimate.state_bytes(config)
-    assert found.peak_bytes == estimate.peak_bytes(config)
+    assert found.parameters == num_parameters(spec_of(config))
+    assert found.state_bytes == workload(config).state_bytes
+    assert found.peak_bytes == memory(config)
     assert found.flops_frac == flops_frac(config)
-    assert all(term.used <= term.limit for term in found.terms)
+    assert all(limit.used <= limit.most for limit in found.limits)
 
 
 # --- the promise ----------------------------------------------------------------------------------
@@ -112,11 +130,11 @@ BUDGETS: dict[str, Any] = {
     "parameters": lambda full: Budget(parameters=int(0.75 * total(full))),
     "state": lambda full: Budget(state_gib=0.6 * state(full) / GIB),
     "flops": lambda full: Budget(flops_frac=0.45),
-    "memory": lambda full: Budget(memory_gib=0.9 * estimate.peak_bytes(full) / GIB),
+    "memory": lambda full: Budget(memory_gib=0.9 * memory(full) / GIB),
     "all at once": lambda full: Budget(
         parameters=int(0.8 * total(full)),
         state_gib=0.75 * state(full) / GIB,
-        memory_gib=0.95 * estimate.peak_bytes(full) / GIB,
+        memory_gib=0.95 * memory(full) / GIB,
         flops_frac=0.5,
     ),
 }
@@ -141,7 +159,7 @@ BUDGETS: dict[str, Any] = {
 )
 def test_nothing_more_fits(preset: str, profile: str, kind: str, multiple: int):
     config = override(presets.get(preset), train={"micro_batch_size": 4, "precision": "bf16"})
-    budget = BUDGETS[kind](override(config, model={"linear": "full"}))
+    budget = BUDGETS[kind](full_rank(config))
     found = find(config, budget, parse_profile(profile), multiple)
     check_found(found, budget, multiple)
     more = raisable(found.config, multiple)
@@ -151,12 +169,19 @@ def test_nothing_more_fits(preset: str, profile: str, kind: str, multiple: int):
 
 
 @pytest.mark.parametrize(
-    "preset", ["llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b"]
+    ("preset", "multiple"),
+    [
+        ("llama-60m", 1),
+        ("llama-60m", 64),
+        ("llama-130m", 16),
+        ("llama-350m", 1),
+        ("llama-1b", 64),
+        ("llama-7b", 16),
+    ],
 )
-@pytest.mark.parametrize("multiple", [1, 16, 64])
 def test_uniform_is_the_largest_one_rank(preset: str, multiple: int):
     config = presets.get(preset)
-    budget = Budget(parameters=int(0.8 * total(override(config, model={"linear": "full"}))))
+    budget = Budget(parameters=int(0.8 * total(full_rank(config))))
     found = find(config, budget, multiple=multiple)
     check_found(found, budget, multiple)
     assert not holds(with_rank(config, str(int(found.rank) + multiple)), budget)
@@ -175,9 +200,13 @@ def test_uniform_stops_at_narrow_maps(multiple: int, rank: str):
 @pytest.mark.parametrize("seed", range(20))
 def test_drawn_shapes_weights_and_budgets(seed: int):
     draw = random.Random(seed)
+    linear = draw.choice(["crnet", "crnet", "lowrank", "resformer"])
+    options = {}
+    if linear == "crnet":
+        options["crnet"] = CRNetOptions(first_rank=draw.choice([None, 3]))
     heads = draw.choice([2, 4, 6])
     model = ModelConfig(
-        linear=draw.choice(["crnet", "crnet", "lowrank"]),
+        linear=linear,
         hidden_size=heads * draw.choice([16, 32]),
         intermediate_size=draw.choice([96, 200]),
         num_layers=draw.randint(2, 9),
@@ -185,17 +214,17 @@ def test_drawn_shapes_weights_and_budgets(seed: int):
         num_kv_heads=draw.choice([None, 1, 2]),
         vocab_size=draw.choice([300, 1000]),
         tie_embeddings=draw.random() < 0.3,
-        crnet=dataclasses.replace(ModelConfig().crnet, first_rank=draw.choice([None, 3])),
+        **options,
     )
     train = {
         "precision": draw.choice(["fp32", "bf16-mixed", "bf16"]),
-        "recompute": draw.choice(["none", "block", "replay"]),
+        "recompute": draw.choice(["none", "block", "replay", *["invert"] * (linear == "crnet")]),
         "micro_batch_size": 2,
     }
     config = override(RunConfig(model=model), train=train, data={"sequence_length": 32})
-    num_blocks = model.num_layers - linears.get(model.linear).first_ranked_layer_idx
     multiple = draw.choice([1, 1, 2, 8])
     low, high = (with_rank(config, rank) for rank in (str(multiple), "16"))
+    num_blocks = len(ranks_of(low))
     share = draw.random()
 
     def between(use: Any) -> float:
@@ -204,14 +233,14 @@ def test_drawn_shapes_weights_and_budgets(seed: int):
     limits = {
         "parameters": int(between(total)),
         "state_gib": between(state) / GIB,
-        "memory_gib": between(estimate.peak_bytes) / GIB,
+        "memory_gib": between(memory) / GIB,
         "flops_frac": between(flops_frac),
     }
     names = draw.sample(sorted(limits), draw.randint(1, 4))
     budget = Budget(**{name: limits[name] for name in names})
     layers = tuple(draw.choice([0.5, 1, 1.3, 2]) for _ in range(num_blocks))
     positions = {position: draw.choice([0.4, 1, 3]) for position in draw.sample(POSITIONS, 3)}
-    found = find(config, budget, Profile("flat", layers, positions), multiple)
+    found = find(config, budget, RankProfile("flat", layers, positions), multiple)
     check_found(found, budget, multiple)
     assert not any(holds(each, budget) for each in raisable(found.config, multiple))
 
@@ -219,7 +248,7 @@ def test_drawn_shapes_weights_and_budgets(seed: int):
 def test_with_plenty_every_rank_is_its_width():
     """Grouped-query attention: k and v are narrower than the rest."""
     config = presets.get("llama3-1b")
-    for profile in (Profile(), Profile("flat"), Profile("lower-heavy", (), {"k": 0.5})):
+    for profile in (RankProfile(), RankProfile("flat"), RankProfile("lower-heavy", (), {"k": 0.5})):
         found = find(config, Budget(parameters=10**12), profile, 64)
         assert found.rank == "2048/k=512/v=512"
         assert found.binding == []
@@ -244,14 +273,14 @@ def test_profiles_are_those_of_the_ablation(profile: str, rank: str, multiple: i
     config = presets.get("llama-350m")
     target = total(with_rank(config, rank))
     assert target == total(with_rank(config, "192x16,256x7"))
-    found = find(config, Budget(parameters=target), Profile(profile), multiple)
+    found = find(config, Budget(parameters=target), RankProfile(profile), multiple)
     assert found.rank == rank
     assert found.parameters["total"] == target
 
 
 def test_weights_of_layers_and_positions():
     config = presets.get("llama-60m")
-    profile = Profile(layers=(1, 1, 1, 1, 2, 2, 2), positions={"k": 0.5, "down": 1.5})
+    profile = RankProfile(layers=(1, 1, 1, 1, 2, 2, 2), positions={"k": 0.5, "down": 1.5})
     rank = "64x4,128x3/k=32x4,64x3/down=96x4,192x3"
     target = total(with_rank(config, rank))
     found = find(config, Budget(parameters=target), profile, 32)
@@ -261,7 +290,7 @@ def test_weights_of_layers_and_positions():
 
 def test_what_is_left_goes_to_the_heaviest_blocks_the_topmost_first():
     config = presets.get("llama-60m")
-    profile = Profile(layers=(1, 1, 1, 1, 2, 2, 2))
+    profile = RankProfile(layers=(1, 1, 1, 1, 2, 2, 2))
     target = total(with_rank(config, "64x4,128x3"))
     block = 32 * (11 * 512 + 3 * 1376)  # one block's price of 32 more
     found = find(config, Budget(parameters=target + 2 * block), profile, 32)
@@ -272,8 +301,8 @@ def test_what_is_left_goes_to_the_heaviest_blocks_the_topmost_first():
 
 def test_flat_spends_what_uniform_leaves():
     config, budget = presets.get("llama-60m"), Budget(parameters=43_122_225)
-    assert find(config, budget, Profile(), 16).rank == "96"
-    assert find(config, budget, Profile("flat"), 16).rank == "96x3,112x4"
+    assert find(config, budget, RankProfile(), 16).rank == "96"
+    assert find(config, budget, RankProfile("flat"), 16).rank == "96x3,112x4"
 
 
 def test_schedule_is_short_and_parses_back():
@@ -283,12 +312,14 @@ def test_schedule_is_short_and_parses_back():
         ((96, 48, 96, 96, 96, 96, 96),) * 2: "96/k=48",
         ((8, 4, 8, 8, 8, 8, 8), (9, 4, 9, 9, 9, 9, 8)): "8,9/k=4/down=8",
     }.items():
-        assert planner.schedule(blocks) == text
-        parsed = linears.parse_ranks(text, num_blocks=len(blocks), hidden_size=64, published={})
+        assert shortest(blocks, POSITIONS) == text
+        parsed = parse_ranks(
+            text, num_blocks=len(blocks), hidden_size=64, published={}, positions=POSITIONS
+        )
         assert [*zip(*(parsed[position] for position in POSITIONS), strict=True)] == [*blocks]
 
 
-# --- terms ----------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -303,28 +334,28 @@ def test_schedule_is_short_and_parses_back():
 def test_like_another_parameterization(like: str, linear: str, rank: str):
     config = presets.get("llama-130m")
     other = override(config, model={"linear": linear, "rank": rank})
-    (term,) = find(config, Budget(like=like), Profile("flat"), 16).terms
-    assert (term.limit, term.flag, term.kind) == (total(other), f"--like {like}", "parameters")
-    (term,) = find(config, Budget(like=f"{like}@adamw"), Profile("flat"), 16).terms
-    assert (term.limit, term.kind) == (state(other), "state")
+    (limit,) = find(config, Budget(like=like), RankProfile("flat"), 16).limits
+    assert (limit.most, limit.flag, limit.kind) == (total(other), f"--like {like}", "parameters")
+    (limit,) = find(config, Budget(like=f"{like}@adamw"), RankProfile("flat"), 16).limits
+    assert (limit.most, limit.kind) == (state(other), "state")
 
 
-def test_the_binding_term_is_named():
+def test_the_binding_limit_is_named():
     config = override(presets.get("llama-130m"), train={"micro_batch_size": 8})
     loose = {"parameters": 10**9, "state_gib": 50.0, "memory_gib": 100.0, "flops_frac": 2.0}
     tight = {"parameters": 80_000_000, "state_gib": 1.2, "memory_gib": 3.9, "flops_frac": 0.4}
     for name, limit in tight.items():
-        found = find(config, Budget(**loose | {name: limit}), Profile("flat"), 16)
+        found = find(config, Budget(**loose | {name: limit}), RankProfile("flat"), 16)
         flag = f"--{name.replace('_', '-')}"
         assert found.binding == [flag]
-        (term,) = (term for term in found.terms if term.flag == flag)
-        assert 0.97 < term.used / term.limit <= 1
+        (only,) = (each for each in found.limits if each.flag == flag)
+        assert 0.97 < only.used / only.most <= 1
         assert f"binds: {flag}\n" in found.explain()
 
 
 def test_explain_shows_what_is_used_and_the_baselines():
     config = override(presets.get("llama-1b"), train={"precision": "bf16", "recompute": "invert"})
-    found = find(config, Budget(parameters=582_441_057), Profile("flat"), 64)
+    found = find(config, Budget(parameters=582_441_057), RankProfile("flat"), 64)
     text = found.explain()
     assert "--parameters: 582.44M of 582.44M (100.0%)" in text
     ours, full, lowrank = text.splitlines()[-3:]
@@ -333,21 +364,21 @@ def test_explain_shows_what_is_used_and_the_baselines():
     assert re.match(r"lowrank 512, recompute none +609.31M +4.540 GiB", lowrank)
 
 
-def test_an_activation_budget_is_a_term():
+def test_an_activation_budget_is_a_limit():
     """auto: ranks stay where some policy fits; the peak is that of the policy chosen."""
     train = {"micro_batch_size": 16, "precision": "bf16", "recompute": "auto"}
     config = override(presets.get("llama-60m"), train=train | {"activation_budget_gib": 0.35})
-    found = find(config, Budget(parameters=10**9), Profile("flat"), 64)
+    found = find(config, Budget(parameters=10**9), RankProfile("flat"), 64)
     assert found.binding == ["--train.activation-budget-gib"]
-    plan = cost.plan(estimate.resolved(found.config))
-    assert plan.policy != "none"
-    assert cost.peak_activations(estimate.step_of(found.config), plan) <= 0.35 * GIB
+    work = workload(found.config)
+    assert work.plan.policy != "none"
+    assert peak_bytes(work.micro_batch, work.plan) <= 0.35 * GIB
     for each in raisable(found.config, 64):
         with pytest.raises(ConfigError, match="activation-budget-gib"):
-            cost.plan(estimate.resolved(each))
+            workload(each)
     small = override(config, train={"activation_budget_gib": 0.1})
     with pytest.raises(ConfigError, match=r"activation-budget-gib 0.1: .* needs 0\.\d+ at least"):
-        find(small, Budget(parameters=10**9), Profile("flat"), 64)
+        find(small, Budget(parameters=10**9), RankProfile("flat"), 64)
 
 
 # --- budgets that cannot be met -------------------------------------------------------------------
@@ -367,11 +398,11 @@ def test_impossible_budgets_say_why_and_what_would_do():
     config = override(presets.get("llama-60m"), train={"micro_batch_size": 16})
     least = with_rank(config, "16")
     budget = Budget(30_000_000, 0.13, 1.0, 0.1, "lowrank:16")
-    found = problems(config, budget, Profile("flat"), 16)
+    found = problems(config, budget, RankProfile("flat"), 16)
     tables = 2 * 32_000 * 512
     dense = 4 * 512 * 512 + 3 * 512 * 1376
-    weights = estimate.state_bytes(least)["weights"] / GIB
-    activations = cost.peak_activations(estimate.step_of(least), Plan()) / GIB
+    weights = workload(least).state_bytes["weights"] / GIB
+    activations = peak_bytes(workload(least).micro_batch, RecomputePlan()) / GIB
     full_flops = 8 * (2 * 256 * dense + 4 * 256 * 256 * 512)
     target = total(override(config, model={"linear": "lowrank", "rank": "16"}))
     rest = total(least) - tables - dense
@@ -382,7 +413,7 @@ def test_impossible_budgets_say_why_and_what_would_do():
         f"--state-gib (0.130 GiB): weights alone take {weights:.3f} GiB{end}"
         f"{up(state(least) / GIB, 3)} GiB",
         f"--memory-gib (1.000 GiB): activations at micro-batch 16 x 256 alone take "
-        f"{activations:.3f} GiB{end}{up(estimate.peak_bytes(least) / GIB, 3)} GiB",
+        f"{activations:.3f} GiB{end}{up(memory(least) / GIB, 3)} GiB",
         f"--flops-frac (0.1000 of full rank): full-rank maps alone take "
         f"{2 * 256 * dense / full_flops:.4f} of full rank{end}{up(flops_frac(least), 4)} "
         "of full rank",
@@ -397,7 +428,7 @@ def test_impossible_budgets_say_why_and_what_would_do():
         memory_gib=float(numbers[2]),
         flops_frac=float(numbers[3]),
     )
-    assert find(config, enough, Profile("flat"), 16).rank == "16"
+    assert find(config, enough, RankProfile("flat"), 16).rank == "16"
 
 
 @pytest.mark.parametrize(
@@ -413,13 +444,13 @@ def test_impossible_budgets_say_why_and_what_would_do():
         ({"linear": "full"}, Budget(10**9), (), ["--model.linear full", "no block"]),
         ({"num_layers": 1}, Budget(10**9), (), ["--model.linear crnet", "no block"]),
         ({"num_heads": 7}, Budget(10**9), (), ["--model.num-heads 7"]),
-        ({}, Budget(10**9), (Profile(), 0), ["--multiple is 0", "1 to 512"]),
-        ({"num_kv_heads": 1}, Budget(10**9), (Profile(), 65), ["--multiple is 65", "1 to 64"]),
-        ({}, Budget(10**9), (Profile("middle"),), ["--profile middle", "middle-heavy"]),
-        ({}, Budget(10**9), (Profile("flat", (1, 2)),), ["2 weights for 7"]),
-        ({}, Budget(10**9), (Profile("flat", (), {"w": 1}),), ["positions are q, k"]),
-        ({}, Budget(10**9), (Profile("flat", (), {"k": 0}),), ["weights must lie in"]),
-        ({}, Budget(10**9), (Profile("flat", (math.nan,) * 7),), ["weights must lie in"]),
+        ({}, Budget(10**9), (RankProfile(), 0), ["--multiple is 0", "1 to 512"]),
+        ({"num_kv_heads": 1}, Budget(10**9), (RankProfile(), 65), ["--multiple is 65", "1 to 64"]),
+        ({}, Budget(10**9), (RankProfile("middle"),), ["--profile middle", "middle-heavy"]),
+        ({}, Budget(10**9), (RankProfile("flat", (1, 2)),), ["2 weights for 7"]),
+        ({}, Budget(10**9), (RankProfile("flat", (), {"w": 1}),), ["positions are q, k"]),
+        ({}, Budget(10**9), (RankProfile("flat", (), {"k": 0}),), ["weights must lie in"]),
+        ({}, Budget(10**9), (RankProfile("flat", (math.nan,) * 7),), ["weights must lie in"]),
     ],
 )
 def test_bad_input(change: dict[str, Any], budget: Budget, rest: Any, words: list[str]):
@@ -434,7 +465,7 @@ def test_bad_input(change: dict[str, Any], budget: Budget, rest: Any, words: lis
 )
 def test_profiles_that_cannot_be_read(text: str):
     if text == "1x":  # a weight for one block
-        assert parse_profile(text) == Profile("flat", (1.0,))
+        assert parse_profile(text) == RankProfile("flat", (1.0,))
     elif text.startswith("x"):
         assert parse_profile(text).name not in PROFILES  # find says which are known
     else:
@@ -451,103 +482,16 @@ def test_profiles_that_cannot_be_read(text: str):
         {},
         {"train": {"compile": True, "micro_batch_size": 64, "precision": "bf16"}},
         {"model": {"crnet": {"learnable_beta": False}}, "data": {"source": ("a", "b")}},
-        {"model": {"linear": "lowrank", "lowrank": {"init": "zero-b"}}, "optimizer": {"lr": 0.1}},
+        {"model": {"linear": "lowrank", "lowrank": {"init": "spectral"}}, "optimizer": {"lr": 0.1}},
     ],
 )
-def test_words_lead_to_the_configuration(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+def test_words_lead_to_the_configuration(change: dict[str, Any]):
     config = override(presets.get("llama3-1b"), **change)
-    found = find(config, Budget(like="full"), Profile("flat"), 64)
-    assert found.words[:3] == ["crnet", "train", "llama3-1b"]
-    app = command_line.app
-    _, bound, _ = app.parse_args(found.words[1:], exit_on_error=False)
-    monkeypatch.setattr(app, "config", command_line._layers("train", bound.arguments))
-    _, bound, _ = app.parse_args(found.words[1:], exit_on_error=False)
-    parsed = {key: bound.arguments[key] for key in ("preset", *command_line.SECTIONS)}
-    assert RunConfig(**parsed) == found.config
-
-
-# --- table 10 -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[planner.Row]:
-    return table_10()
-
-
-def test_table_10_from_what_its_ranks_take(rows: list[planner.Row]):
-    """Of every published choice, the planner finds the very ranks again."""
-    published = [row for row in rows if row.reading == "published"]
-    tables = linears.get("crnet").published_ranks
-    assert len(published) == sum(map(len, tables.values()))
-    for row in published:
-        assert row.found == row.published
-        assert row.difference == 0
-
-
-def test_table_10_from_what_table_3_prints(rows: list[planner.Row]):
-    """Within 1%, but for 130M: 90M is cut off from 90.8M, and aligned memory contradicts itself."""
-    printed = {(row.preset, row.alignment): row for row in rows if row.reading == "printed"}
-    assert len(printed) == 8
-    parameters = printed.pop(("llama-130m", "aligned-parameters"))
-    assert 0.010 < -parameters.difference < 0.0105
-    assert 90.8e6 < parameters.published_use < 90.81e6
-    memory = printed.pop(("llama-130m", "aligned-memory"))
-    assert 0.118 < memory.difference < 0.119
-    assert round(memory.published_use / GIB, 2) == 0.70  # printed: 0.79
-    assert round(memory.published_use / 8e6, 1) == 94.5  # printed: 106
-    assert all(abs(row.difference) < 0.01 for row in printed.values())
-
-
-def test_table_10_does_not_follow_from_the_baselines(rows: list[planner.Row]):
-    """Where what CR-Net is aligned with would be used up, most ranks would be larger."""
-    found = {
-        (row.preset.removeprefix("llama-"), row.alignment.removeprefix("aligned-")): row
-        for row in rows
-        if row.reading == "baseline"
-    }
-    assert {key: round(row.difference, 3) for key, row in found.items()} == {
-        ("60m", "parameters"): -0.004,
-        ("60m", "memory"): 0.12,
-        ("130m", "parameters"): 0.031,
-        ("130m", "memory"): 0.119,
-        ("350m", "parameters"): 0.007,
-        ("350m", "memory"): 0.015,
-        ("1b", "parameters"): 0.043,
-        ("1b", "memory"): 0.017,
-    }
-    shares = {"parameters": [], "memory": []}
-    for (_, alignment), row in found.items():
-        shares[alignment].append(row.published_use / row.target)
-    # As the docstring of table_10 says.
-    assert 0.955 < min(shares["parameters"]) < max(shares["parameters"]) < 1.01
-    assert 0.885 < min(shares["memory"]) < max(shares["memory"]) < 0.985
-
-
-@pytest.mark.parametrize(
-    ("preset", "rank", "millions", "gib", "projected_gib"),
-    [
-        ("llama-60m", 128, 43, 0.32, 0.36),
-        ("llama-130m", 256, 94, 0.70, 0.79),
-        ("llama-350m", 256, 185, 1.38, 1.90),
-        ("llama-1b", 512, 609, 4.54, 6.60),
-    ],
-)
-def test_what_table_3_prints_for_the_baselines(
-    preset: str, rank: int, millions: int, gib: float, projected_gib: float
-):
-    """CoLA and LORO: plain low rank, 8 bytes a parameter. GaLore, RSO and APOLLO: full rank's bf16
-    weights and gradients, and two moments of the projected matrices, projections left out."""
-    config = override(presets.get(preset), train={"precision": "bf16"})
-    plain = override(config, model={"linear": "lowrank", "rank": str(rank)})
-    assert linears.get("lowrank").published_ranks["aligned-parameters"][
-        config.model.hidden_size, config.model.num_layers
-    ] == str(rank)
-    assert round(total(plain) / 1e6) == millions
-    assert round(8 * total(plain) / GIB, 2) == gib
-    full = override(config, model={"linear": "full"})
-    sizes = [(slot.in_size, slot.out_size) for slot in linears.slots(full.model)]
-    moments = total(full) - sum(a * b for a, b in sizes) + sum(rank * max(size) for size in sizes)
-    assert round((4 * total(full) + 4 * moments) / GIB, 2) == projected_gib
+    found = find(config, Budget(like="full"), RankProfile("flat"), 64)
+    words = command_line(found.config)
+    assert words[:2] == ["train", "llama3-1b"]
+    _, bound, _ = app_for(words).parse_args(words, exit_on_error=False)
+    assert bound.arguments["settings"].of(bound.arguments["preset"]) == found.config
 
 
 # --- speed ----------------------------------------------------------------------------------------
@@ -555,7 +499,7 @@ def test_what_table_3_prints_for_the_baselines(
 TIMED = """
 import sys, time
 from crnet.config import presets
-from crnet.cost.rank_search import Budget, Profile, find, parse_profile
+from crnet.cost.rank_search import Budget, find, parse_profile
 for preset, parameters in (("llama-7b", 3e9), ("llama-70b", 3e10)):
     start_s = time.process_time()
     budget = Budget(parameters=int(parameters), state_gib=parameters * 16.5 / 2**30, flops_frac=0.5)

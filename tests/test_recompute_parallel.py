@@ -1,14 +1,16 @@
-"""Recomputation through the hooks of DDP and FSDP2: two processes over gloo, on the CPU.
+"""DDP and FSDP2: two processes over gloo, on the CPU, that recompute, train, save and resume.
 
-Both processes are started once (``work``), go through all of ``CASES`` and write down what each
-left behind; the tests read that. Every policy meets an ordinary graph, so ``block`` and ``replay``
-are compared with ``none`` under the same parallelism, bit for bit: gradients, and weights after a
-step of AdamW. Against one process, and for ``invert``, tolerances are in units of rounding.
+Both processes are started once (``work``), go through all of ``CASES`` and ``RUNS`` and write down
+what each left behind; the tests read that. Every policy meets an ordinary graph, so ``block`` and
+``replay`` are compared with ``none`` under the same parallelism, bit for bit: gradients, and
+weights after steps of AdamW. Against one process, and for ``invert``, tolerances are in units of
+rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -25,31 +27,35 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crnet.cost.activations import Plan
+from crnet import optimizers
+from crnet.config.model_spec import model_spec
+from crnet.config.sections import ModelConfig
 from crnet.linears.crnet import CRNetOptions
-from crnet.model.backbone import LanguageModel
-from crnet.recompute.engine import Recomputation
-from shapes import TINY
-from test_model import random_tokens, randomised
+from crnet.model.build import build, fill, lay_out, to_memory
+from crnet.model.language_model import LanguageModel
+from crnet.optimizers import Settings
+from crnet.recompute.plan import RecomputePlan as Plan
+from shapes import random_tokens, randomised, tiny
 
 RANKS = 2
-LAYERS = 6
-LIMIT_S = 60
+LAYERS = 4
+LIMIT_S = 240
 """Of the two processes together; a collective that one of them waits for alone gives up earlier."""
 
 PLANS = {
     "none": Plan(),
     "block": Plan("block"),
-    "replay": Plan("replay", (2, 4)),
+    "replay": Plan("replay", (2,)),
     "invert": Plan("invert", (3,)),
 }
-SEGMENTS = ((0, 2), (2, 4), (4, 6))
+SEGMENTS = ((0, 2), (2, 4))
 
 UNIT = 2.0**-24
 INVERTED = 2000
@@ -75,17 +81,16 @@ class Case:
 
 
 CASES = [
-    *(Case("ddp", policy, how) for how in ("", "accumulated") for policy in PLANS),
+    *(Case("ddp", policy) for policy in PLANS),
     *(Case("blocks", policy) for policy in PLANS),
+    *(Case("blocks", policy, "bf16") for policy in PLANS),
     *(Case("segments", policy) for policy in ("none", "replay")),
+    *(Case("ddp", policy, "accumulated") for policy in ("none", "replay")),
     *(
         Case("blocks", policy, how)
-        for how in ("accumulated", "both-first", "frozen", "bf16", "bf16 cast-carry")
+        for how in ("both-first", "frozen", "bf16 cast-carry")
         for policy in ("none", "replay")
     ),
-    Case("segments", "replay", "bf16"),
-    Case("blocks", "block", "bf16"),
-    Case("blocks", "invert", "bf16"),
 ]
 
 MICRO = ("accumulated", "both-first")
@@ -144,11 +149,15 @@ def batch(rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
 NUM_TARGETS = 9 + 8 + 7 + 6
 
 
+@functools.cache
+def made(carry_dtype: Any) -> LanguageModel:
+    config = tiny(num_layers=LAYERS, crnet=CRNetOptions(carry_dtype=carry_dtype))
+    return randomised(build(model_spec(config), 0), torch.float32)
+
+
 def make(case: Case) -> LanguageModel:
-    options = CRNetOptions(carry_dtype="fp32" if "cast-carry" in case.how else "compute")
-    config = dataclasses.replace(TINY, num_layers=LAYERS, crnet=options)
-    model = randomised(config, torch.float32)
-    model.model.recomputation = Recomputation(PLANS[case.policy])
+    model = copy.deepcopy(made("fp32" if "cast-carry" in case.how else "compute"))
+    model.recompute(PLANS[case.policy])
     if case.how == "frozen":
         for part in (model.model.embed_tokens, *model.model.layers[:3]):
             part.requires_grad_(False)
@@ -207,8 +216,8 @@ def watch(model: LanguageModel, result: Result) -> dict[int, Tensor]:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(functools.partial(announced, name))
     for layer, block in enumerate(model.model.blocks(), start=1):
-        block.register_forward_pre_hook(functools.partial(entered, layer))
-        # Not of the block: its own hooks are not called when it is run again.
+        # Not of the block: recomputation refuses forward hooks there.
+        block.input_layernorm.register_forward_pre_hook(functools.partial(entered, layer))
         block.mlp.register_forward_pre_hook(functools.partial(running, block))
     model.register_forward_pre_hook(functools.partial(running, model))
     return whole
@@ -237,7 +246,7 @@ def run(case: Case, rank: int) -> Result:
         else:
             loss_of(slice(first.start, second.stop)).backward()
     result.collectives = collectives.counts
-    result.added = model.model.recomputation.added if model.model.recomputation else {}
+    result.added = model.guard_added()
     if case.units != "ddp":
         left = sum(p.untyped_storage().nbytes() for p in whole.values())
         result.whole_bytes = (result.whole_bytes[0], left)
@@ -257,9 +266,17 @@ def entire(tensors: dict[str, Any]) -> dict[str, Tensor]:
     }
     if not all(isinstance(it, DTensor) for it in tensors.values()):
         return shards
+    flat = torch.cat([shard.reshape(-1) for shard in shards.values()])
     of_ranks: list[Any] = [None] * RANKS
-    dist.all_gather_object(of_ranks, shards)
-    found = {name: torch.cat([part[name] for part in of_ranks]) for name in tensors}
+    dist.all_gather_object(of_ranks, (flat, [shard.shape for shard in shards.values()]))
+    parts = [
+        [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+        for flat, shapes in of_ranks
+        for sizes in [[shape.numel() for shape in shapes]]
+    ]
+    found = {
+        name: torch.cat(rows) for name, rows in zip(shards, zip(*parts, strict=True), strict=True)
+    }
     for name, it in list(tensors.items())[:3]:
         assert torch.equal(found[name], it.full_tensor()), name
     return found
@@ -274,8 +291,91 @@ def work(rank: int, folder: Path) -> None:
         world_size=RANKS,
         timeout=datetime.timedelta(seconds=LIMIT_S / 2),
     )
-    torch.save({case: run(case, rank) for case in CASES}, folder / f"{rank}.pt")
+    results: dict[Any, Any] = {case: run(case, rank) for case in CASES}
+    results |= {name: started(config, dtype) for name, (config, dtype) in STARTS.items()}
+    results |= {name: trained(name, rank, folder) for name in RUNS}
+    results["resumed"] = trained("none", rank, folder, resumes=True)
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+# --- runs of several steps ----------------------------------------------------------------------
+
+STEPS, SAVED_STEP = 5, 3
+SETTINGS = Settings(lr=0.01, beta1=0.9, beta2=0.999, eps=0.01, weight_decay=0.1, seed=0)
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+SHAPE = tiny(num_layers=LAYERS, init_std=0.2)
+RUNS = {
+    "none": (SHAPE, Plan()),
+    "block": (SHAPE, Plan("block")),
+    "replay": (SHAPE, Plan("replay", (2,))),
+    "tied": (dataclasses.replace(SHAPE, tie_embeddings=True), Plan("replay", (2,))),
+}
+STARTS = {
+    "start-bf16": (SHAPE, torch.bfloat16),
+    "start-spectral": (tiny(crnet=CRNetOptions(init="spectral")), torch.float32),
+}
+
+
+@dataclass
+class Run:
+    losses: list[float]
+    start: dict[str, Tensor]
+    """Weights before the first step; whole, as the others."""
+    weights: dict[str, Tensor]
+
+
+def sharded(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A model that was never whole on any rank."""
+    model = lay_out(model_spec(config))
+    for part in model.sharded_parts():
+        fully_shard(part)
+    fully_shard(model)
+    to_memory(model, "cpu", dtype)
+    fill(model, seed)
+    return model
+
+
+def started(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    return entire(dict(sharded(config, 0, dtype).named_parameters()))
+
+
+def step(model: nn.Module, optimizer: Any, number: int, rows: slice, scale: float) -> float:
+    tokens = random_tokens(4, 9, seed=number)
+    targets = batch()[1]
+    loss = model(tokens[rows], targets[rows])[0] * (scale / NUM_TARGETS)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def trained(name: str, rank: int, folder: Path, resumes: bool = False) -> Run:
+    """The run ``none`` saves its state half way; a fresh model of another seed resumes from it."""
+    config, plan = RUNS[name]
+    model = sharded(config, seed=1 if resumes else 0)
+    model.recompute(plan)
+    optimizer = optimizers.get("adamw").build(model.trained(), None, SETTINGS)
+    start = entire(dict(model.named_parameters()))
+    path = folder / "state.pt"
+    if resumes:
+        state = torch.load(path, weights_only=True)
+        dcp.set_model_state_dict(model, state["model"], options=WHOLE)
+        dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
+    rows = slice(rank * 4 // RANKS, (rank + 1) * 4 // RANKS)
+    losses = []
+    for number in range(SAVED_STEP if resumes else 0, STEPS):
+        if number == SAVED_STEP and name == "none" and not resumes:
+            state = {
+                "model": dcp.get_model_state_dict(model, options=WHOLE),
+                "optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=WHOLE),
+            }
+            if rank == 0:
+                torch.save(state, path)
+            dist.barrier()
+        losses.append(step(model, optimizer, number, rows, RANKS))
+    return Run(losses, start, entire(dict(model.named_parameters())))
 
 
 # --- in the process of the tests ----------------------------------------------------------------
@@ -298,17 +398,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, Result]
     try:
         # As soon as one has failed, nobody waits for the other.
         while any(it.poll() is None for it in processes) and not any(it.poll() for it in processes):
-            assert time.monotonic() < deadline, f"not done in {LIMIT_S} s\n{said(folder)}"
+            assert time.monotonic() < deadline, f"not done in {LIMIT_S} s\n{logs(folder)}"
             time.sleep(0.05)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    assert [it.returncode for it in processes] == [0] * RANKS, said(folder)
+    assert [it.returncode for it in processes] == [0] * RANKS, logs(folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
-def said(folder: Path) -> str:
+def logs(folder: Path) -> str:
     return "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("*.log")))
 
 
@@ -400,10 +500,10 @@ def test_every_block_runs_twice_and_every_gradient_comes_once(
     """DDP announces a gradient in every backward pass, FSDP2 when it has been reduced."""
     once = results[0][case]
     passes = 2 if case.how in MICRO else 1
-    again = 0 if case.policy == "none" else LAYERS
-    if case.how == "frozen" and again:
-        again = 3  # what is frozen below the lowest trained block is rebuilt at most, never run
-    assert once.runs == passes * (LAYERS + again)
+    more = 0 if case.policy == "none" else LAYERS
+    if case.how == "frozen" and more:
+        more = 1  # what is frozen below the lowest trained block is rebuilt at most, never run
+    assert once.runs == passes * (LAYERS + more)
     times = 2 if (case.units, case.how) == ("ddp", "accumulated") else 1
     assert once.hooks == dict.fromkeys(once.grads, times)
 
@@ -438,12 +538,12 @@ def test_recomputation_gathers_no_more(results: list[dict[Case, Result]], case: 
 @pytest.mark.parametrize(
     ("units", "policy", "expected"),
     [
-        ("blocks", "none", "6 5 4 3 2 1"),
-        ("blocks", "block", "6 5 4 3 2 1"),
-        ("blocks", "invert", "6 5 4 3 2 1"),
-        ("blocks", "replay", "56 5 34 3 12 1"),
-        ("segments", "none", "56 56 34 34 12 12"),
-        ("segments", "replay", "56 56 34 34 12 12"),
+        ("blocks", "none", "4 3 2 1"),
+        ("blocks", "block", "4 3 2 1"),
+        ("blocks", "invert", "4 3 2 1"),
+        ("blocks", "replay", "34 3 12 1"),
+        ("segments", "none", "34 34 12 12"),
+        ("segments", "replay", "34 34 12 12"),
     ],
 )
 def test_replay_holds_a_segment(
@@ -459,8 +559,64 @@ def test_the_guard_knows_the_dtype(results: list[dict[Case, Result]]):
     """Sharded parameters are fp32 whatever the products are computed in: the guard keeps the layers
     that it keeps in one process under autocast."""
     model = make(Case("", "invert"))
-    assert model.model.recomputation is not None
     with torch.autocast("cpu", torch.bfloat16):
         model(*batch())
-    assert model.model.recomputation.added
-    assert results[0][Case("blocks", "invert", "bf16")].added == model.model.recomputation.added
+    assert model.guard_added()
+    assert results[0][Case("blocks", "invert", "bf16")].added == model.guard_added()
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def assert_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+
+
+def test_shards_start_as_the_whole(results: list[dict[Any, Any]]):
+    """Filled from (seed, name), never whole on a rank: the bits of one process, in bf16 and where a
+    value takes an SVD too."""
+    for by_rank in results:
+        for name, (config, dtype) in STARTS.items():
+            whole = build(model_spec(config), 0, dtype=dtype)
+            assert_bits(by_rank[name], dict(whole.named_parameters()))
+        for name, (config, _) in RUNS.items():
+            whole = build(model_spec(config), 0)
+            assert_bits(by_rank[name].start, dict(whole.named_parameters()))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_that_of_one_process(results: list[dict[Any, Any]], name: str):
+    """Losses and weights. A gradient whose norm is clipped to 1 errs by ``REGROUPED`` units of
+    rounding of at most 1; AdamW's epsilon is its rate, so that a step passes on no more than it
+    gets; the steps add up."""
+    config, plan = RUNS[name]
+    model = build(model_spec(config), 0)
+    model.recompute(plan)
+    optimizer = optimizers.get("adamw").build(model.trained(), None, SETTINGS)
+    losses = [step(model, optimizer, number, slice(0, 4), 1.0) for number in range(STEPS)]
+    for both in zip(losses, *(by_rank[name].losses for by_rank in results), strict=True):
+        assert sum(both[1:]) / RANKS == pytest.approx(both[0], rel=STEPS * REGROUPED * UNIT)
+    for by_rank in results:
+        assert by_rank[name].weights.keys() == dict(model.named_parameters()).keys()
+        for key, weight in model.named_parameters():
+            off = float((by_rank[name].weights[key] - weight.detach()).abs().max())
+            assert off < STEPS * REGROUPED * UNIT, key
+
+
+def test_runs_of_every_policy_are_one(results: list[dict[Any, Any]]):
+    for by_rank in results:
+        for policy in ("block", "replay"):
+            assert by_rank[policy].losses == by_rank["none"].losses
+            assert_bits(by_rank[policy].weights, by_rank["none"].weights)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(results: list[dict[Any, Any]]):
+    """From whole tensors in a file; bit for bit, and from another start."""
+    for by_rank in results:
+        resumed, whole = by_rank["resumed"], by_rank["none"]
+        assert not torch.equal(resumed.start["lm_head.weight"], whole.start["lm_head.weight"])
+        assert resumed.losses == whole.losses[SAVED_STEP:]
+        assert_bits(resumed.weights, whole.weights)

@@ -1,8 +1,6 @@
 """The loop: its schedule, accumulation, evaluation, precision, and when it refuses to go on.
 
 Equality is by bits unless a tolerance is named; each tolerance says what rounds differently.
-``python tests/test_train.py --write-golden`` writes ``golden_losses.json`` again: only after a
-change that is meant to change the numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from crnet.config.model_spec import model_spec
 from crnet.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from crnet.config.serialize import override
-from crnet.data import shards as data
-from crnet.errors import ConfigError
+from crnet.data.prepare import prepare
+from crnet.data.rows import IGNORED, Batches, Rows, validation_batches
+from crnet.errors import ConfigError, TrainingError
 from crnet.inference.evaluate import evaluate
+from crnet.inference.load import load_model
+from crnet.model.build import build, set_dtype
 from crnet.storage import checkpoint, metrics
+from crnet.storage.checkpoint import Progress
 from crnet.train import run as train
+from crnet.train.step import learning_rate
 
 LINEARS = ("crnet", "full", "lowrank")
-GOLDEN = Path(__file__).with_name("golden_losses.json")
 TINY = RunConfig(
     model=ModelConfig(hidden_size=32, intermediate_size=48, num_layers=3, num_heads=2, rank="8"),
     data=DataConfig(
@@ -79,13 +81,13 @@ PUBLISHED = RunConfig(
 
 @pytest.mark.parametrize(("step", "rate"), [(1, 0.001), (500, 0.5), (1000, 1.0), (10_000, 0.1)])
 def test_schedule_at_its_corners(step: int, rate: float) -> None:
-    assert train.learning_rate(step, PUBLISHED) == rate
+    assert learning_rate(step, PUBLISHED) == rate
 
 
 @pytest.mark.parametrize(("step", "rate"), [(3250, 0.868198), (5500, 0.55), (7750, 0.231802)])
 def test_schedule_along_the_cosine(step: int, rate: float) -> None:
     # The figures are given to six decimals.
-    assert train.learning_rate(step, PUBLISHED) == pytest.approx(rate, abs=5e-7, rel=0)
+    assert learning_rate(step, PUBLISHED) == pytest.approx(rate, abs=5e-7, rel=0)
 
 
 def test_schedule_is_the_closed_form_scaled_by_the_peak() -> None:
@@ -98,7 +100,7 @@ def test_schedule_is_the_closed_form_scaled_by_the_peak() -> None:
             angle = math.pi * (step - warmup) / (70 - warmup)
             wanted = 3e-4 + 0.5 * (3e-3 - 3e-4) * (1 + math.cos(angle))
         # The two expressions round in another order: some units in the last place.
-        assert train.learning_rate(step, config) == pytest.approx(wanted, rel=1e-14, abs=0)
+        assert learning_rate(step, config) == pytest.approx(wanted, rel=1e-14, abs=0)
 
 
 @pytest.mark.parametrize(("warmup", "first", "last"), [(0.0, None, 0.1), (1.0, 0.1, 1.0)])
@@ -106,7 +108,7 @@ def test_schedule_without_warmup_and_with_nothing_else(
     warmup: float, first: float | None, last: float
 ) -> None:
     config = override(PUBLISHED, optimizer={"warmup_frac": warmup}, train={"steps": 10})
-    rates = [train.learning_rate(step, config) for step in range(1, 11)]
+    rates = [learning_rate(step, config) for step in range(1, 11)]
     assert rates[-1] == last
     assert first is None or rates[0] == first
     assert rates == sorted(rates, reverse=warmup == 0)
@@ -118,13 +120,13 @@ def test_factors_take_their_share_of_the_rate(corpus: Path, tmp_path: Path) -> N
     result = run(config, tmp_path / "run")
     assert result.checkpoint is not None
     groups = checkpoint.load(result.checkpoint).state()["optimizer"]["param_groups"]
-    base = train.learning_rate(3, config)
+    base = learning_rate(3, config)
     assert {(group["lr_factor"], group["lr"]) for group in groups} == {
         (1.0, base),
         (0.25, base * 0.25),
     }
     assert [row["lr"] for row in rows_of(tmp_path / "run") if "lr" in row] == [
-        train.learning_rate(step, config) for step in (1, 2, 3)
+        learning_rate(step, config) for step in (1, 2, 3)
     ]
 
 
@@ -173,13 +175,14 @@ def test_the_rows_of_that_test_are_ragged(
 ) -> None:
     """Without padding a mean of means would pass too; here it is off by far more than 1e-9."""
     config, folders = whole_batches
-    prepared = data.prepare(config.data, progress=False)
-    rows = data.Rows(prepared, "train", config.data.sequence_length, "document")
-    (batch,) = data.Batches(rows, config.train.seed, 8).next()
-    counts = (batch[1] != data.IGNORED).sum(1)
+    prepared = prepare(config.data, progress=False)
+    rows = Rows(prepared, "train", config.data.sequence_length, "document")
+    (batch,) = Batches(rows, config.train.seed, 8).next()
+    counts = (batch[1] != IGNORED).sum(1)
     first = next(row for row in rows_of(folders[1]) if "tokens" in row)
     assert first["tokens"] == counts.sum()
-    model = train.build(override(config, model={"vocab_size": 300}).model, config.train.seed)
+    spec = model_spec(override(config, model={"vocab_size": 300}).model)
+    model = build(spec, config.train.seed)
     with torch.no_grad():
         sums = [model(t, y)[0] for t, y in zip(*(part.split(1) for part in batch), strict=True)]
     means = torch.stack([one / count for one, count in zip(sums, counts, strict=True)])
@@ -198,6 +201,20 @@ def test_first_step_in_fp32_has_the_same_loss_and_norm(
     # fp32 sums of about a hundred terms in another order.
     assert found[size]["loss"] == pytest.approx(found[8]["loss"], rel=2e-6)
     assert found[size]["grad_norm"] == pytest.approx(found[8]["grad_norm"], rel=2e-5)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1e-3, 1e3])
+def test_gradients_are_clipped(corpus: Path, clip_norm: float) -> None:
+    """The norm that is logged is the one before; fp32, hence 1e-4."""
+    config = tiny(corpus, model={"vocab_size": 300}, optimizer={"clip_norm": clip_norm})
+    step = train.make_step(config, model_spec(config.model), torch.device("cpu"), None)
+    rows = torch.arange(16).view(2, 8)
+    done = step([(rows, rows + 1)], Progress(step=0, position=0, tokens=0), None)
+    grads = [each.grad for _, each in step.model.trained().values() if each.grad is not None]
+    found = torch.nn.utils.get_total_norm(grads).item()
+    wanted = min(done.grad_norm, clip_norm) if clip_norm else done.grad_norm
+    assert done.grad_norm > 1e-2
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 # Evaluation
@@ -226,15 +243,15 @@ def test_evaluation_is_the_mean_over_tokens(corpus: Path, tmp_path: Path, mode: 
     assert result.after is not None
     assert result.checkpoint is not None
     saved = checkpoint.load(result.checkpoint)
-    model = saved.model().double()
-    prepared = data.prepare(config.data, progress=False)
-    rows = data.Rows(prepared, "validation", config.data.sequence_length, config.data.rows)
+    model = load_model(saved).double()
+    prepared = prepare(config.data, progress=False)
+    rows = Rows(prepared, "validation", config.data.sequence_length, config.data.rows)
     loss_sum, count = 0.0, 0
-    for tokens, targets in data.validation_batches(rows, 1, config.data.validation_tokens):
+    for tokens, targets in validation_batches(rows, 1, config.data.validation_tokens):
         with torch.no_grad():
             logits = model.logits(tokens)[0]
         loss_sum += functional.cross_entropy(logits, targets[0], reduction="sum").item()
-        count += int((targets != data.IGNORED).sum())
+        count += int((targets != IGNORED).sum())
     assert result.after.tokens == count
     # fp32 logits against fp64 ones.
     assert result.after.loss == pytest.approx(loss_sum / count, rel=1e-6)
@@ -272,6 +289,7 @@ def test_evaluation_changes_nothing(corpus: Path, tmp_path: Path) -> None:
 # Learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", LINEARS)
 def test_overfits_one_batch(tmp_path: Path, linear: str) -> None:
     text, held_out = tmp_path / "text.txt", tmp_path / "held_out.txt"
@@ -300,63 +318,12 @@ def test_overfits_one_batch(tmp_path: Path, linear: str) -> None:
     assert losses[-1] < 0.05
 
 
-def golden_text() -> str:
-    """Sums and products of small numbers in words and digits; nothing from outside this file."""
-    words = "zero one two three four five six seven eight nine".split()
-    lines = []
-    for n in range(600):
-        a, b = (7 * n + n // 11) % 10, (3 * n + n // 7) % 10
-        lines.append(f"{words[a]} and {words[b]} make {a + b}, {a} times {b} is {a * b}.")
-    return "\n".join(lines) + "\n"
-
-
-def golden_run(linear: str, folder: Path) -> dict[str, list[float]]:
-    text = folder / "golden.txt"
-    text.write_text(golden_text(), encoding="utf-8")
-    # Every number is said here, so that a change of a default is no change of these losses.
-    config = override(
-        TINY,
-        model={
-            "linear": linear,
-            "rope_theta": 10_000.0,
-            "norm_eps": 1e-6,
-            "init_std": 0.02,
-            "crnet": {"beta_init": 0.5, "init": "balanced", "lr_factor": 0.25},
-            "lowrank": {"init": "balanced", "lr_factor": 0.25},
-        },
-        data={"source": (str(text),), "documents": "line", "cache_dir": folder / "cache"},
-        optimizer={
-            "lr": 5e-3,
-            "beta1": 0.9,
-            "beta2": 0.999,
-            "eps": 1e-8,
-            "weight_decay": 0.1,
-            "warmup_frac": 0.1,
-            "min_lr_frac": 0.1,
-            "clip_norm": 1.0,
-        },
-        train={"steps": 10, "save_every_steps": 0},
-    )
-    run(config, folder / "run")
-    rows = rows_of(folder / "run")
-    return {key: [row[key] for row in rows if key in row] for key in ("loss", "val_loss")}
-
-
-@pytest.mark.parametrize("linear", LINEARS)
-def test_golden_losses(tmp_path: Path, linear: str) -> None:
-    golden = json.loads(GOLDEN.read_text())[linear]
-    found = golden_run(linear, tmp_path)
-    assert [len(found["loss"]), len(found["val_loss"])] == [10, 3]
-    for key in ("loss", "val_loss"):
-        # Other CPUs sum in another order (vector widths); ten Adam steps amplify that.
-        assert found[key] == pytest.approx(golden[key], rel=2e-4)
-
-
 # Recomputation
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
-@pytest.mark.parametrize("policy", ["replay", "block"])
+@pytest.mark.parametrize(
+    ("policy", "precision"), [("replay", "fp32"), ("replay", "bf16"), ("block", "bf16-mixed")]
+)
 def test_a_run_with_recomputation_is_the_run_without_it(
     corpus: Path, tmp_path: Path, policy: str, precision: str
 ) -> None:
@@ -438,7 +405,7 @@ def test_non_finite_loss_stops_the_run(
         optimizer={"lr": 1e30, "weight_decay": 1.0, "clip_norm": 0.0, "warmup_frac": 0.0},
         train={"steps": 40, "save_every_steps": 1, "eval_every_steps": 0},
     )
-    with pytest.raises(train.TrainingError) as caught:
+    with pytest.raises(TrainingError) as caught:
         run(config, tmp_path / "run")
     message = str(caught.value)
     saved = checkpoint.newest(tmp_path / "run")
@@ -481,7 +448,7 @@ def test_one_bad_number_is_enough(
         return model
 
     monkeypatch.setattr(train, "build", spoiled)
-    with pytest.raises(train.TrainingError, match=r"step 3: .*positions 16 to 23") as caught:
+    with pytest.raises(TrainingError, match=r"step 3: .*positions 16 to 23") as caught:
         run(tiny(corpus), tmp_path / "run")
     assert "none was saved yet" in str(caught.value)
     assert ("loss inf" if where == "loss" else "gradient norm nan") in str(caught.value)
@@ -495,7 +462,7 @@ def test_one_bad_number_is_enough(
     ("precision", "dtype"),
     [("fp32", torch.float32), ("bf16-mixed", torch.float32), ("bf16", torch.bfloat16)],
 )
-@pytest.mark.parametrize("linear", LINEARS)
+@pytest.mark.parametrize("linear", LINEARS[:1])
 def test_precision(
     corpus: Path, tmp_path: Path, precision: str, dtype: torch.dtype, linear: str
 ) -> None:
@@ -509,91 +476,11 @@ def test_precision(
     assert result.after is not None
     saved = checkpoint.load(result.checkpoint)
     assert {weight.dtype for weight in saved.weights().values()} == {dtype}
-    prepared = data.prepare(config.data, progress=False)
-    rows = data.Rows(prepared, "validation", 16, "packed")
-    in_fp32 = evaluate(saved.model().float(), rows, config.data.validation_tokens)
-    assert in_fp32 == result.after
-
-
-# Resuming
-
-
-def test_resume_refuses_another_model_data_or_seed_and_lists_all(
-    corpus: Path, tmp_path: Path
-) -> None:
-    config = tiny(corpus, train={"steps": 4})
-    run(config, tmp_path / "run")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    changed = override(
-        config,
-        model={"hidden_size": 64, "norm_eps": 1e-5},
-        data={"sequence_length": 32, "rows": "document"},
-        train={"seed": 1, "precision": "bf16"},
-    )
-    with pytest.raises(ConfigError) as caught:
-        run(changed, tmp_path / "run", resume=True)
-    problems = caught.value.problems
-    assert len(problems) == 6
-    for flag, old, new in (
-        ("--model.hidden-size", "32", "64"),
-        ("--model.norm-eps", "1e-06", "1e-05"),
-        ("--data.sequence-length", "16", "32"),
-        ("--data.rows", "'packed'", "'document'"),
-        ("--train.seed", "0", "1"),
-        ("--train.precision", "'fp32'", "'bf16'"),
-    ):
-        (problem,) = (p for p in problems if p.startswith(flag + " "))
-        assert old in problem
-        assert new in problem
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert after == before
-
-
-def test_resume_refuses_a_corpus_that_has_changed(corpus: Path, tmp_path: Path) -> None:
-    """Also where the tokenizer is the same: other rows would be read from there on."""
-    text = tmp_path / "text.txt"
-    text.write_text(corpus.read_text())
-    tokenizer = data.prepare(tiny(corpus).data, progress=False).folder / "tokenizer.json"
-    config = tiny(text, data={"tokenizer": str(tokenizer)}, train={"steps": 4})
-    run(config, tmp_path / "run")
-    text.write_text(corpus.read_text()[:20_000])
-    with pytest.raises(ConfigError):
-        run(override(config, train={"steps": 6}), tmp_path / "run", resume=True)
-
-
-def test_resume_can_extend_a_run(corpus: Path, tmp_path: Path) -> None:
-    config = tiny(corpus, train={"steps": 6})
-    first = run(config, tmp_path / "run")
-    assert (first.step, first.finished) == (6, True)
-    longer = override(config, train={"steps": 10})
-    second = run(longer, tmp_path / "run", resume=True)
-    assert (second.step, second.finished, second.tokens) == (10, True, 10 * 8 * 16)
-    rows = rows_of(tmp_path / "run")
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
-    assert [row["lr"] for row in rows if "lr" in row] == [
-        train.learning_rate(step, config if step <= 6 else longer) for step in range(1, 11)
-    ]
-    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert [start["from_step"] for start in (*manifest["earlier_starts"], manifest)] == [0, 6]
-    assert manifest["config"]["train"]["steps"] == 10
-
-
-def test_resume_of_a_finished_run_changes_no_figure(corpus: Path, tmp_path: Path) -> None:
-    config = tiny(corpus, train={"steps": 5})
-    first = run(config, tmp_path / "run")
-    rows, weights = rows_of(tmp_path / "run"), weights_of(tmp_path / "run")
-    again = run(config, tmp_path / "run", resume=True)
-    assert (again.finished, again.step, again.after) == (True, 5, first.after)
-    assert rows_of(tmp_path / "run") == rows
-    for name, weight in weights_of(tmp_path / "run").items():
-        assert torch.equal(weight, weights[name])
-
-
-def test_a_second_run_in_the_same_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
-    config = tiny(corpus, train={"steps": 2})
-    run(config, tmp_path / "run")
-    with pytest.raises(ConfigError, match="a run is there already; go on with --resume"):
-        run(config, tmp_path / "run")
+    prepared = prepare(config.data, progress=False)
+    rows = Rows(prepared, "validation", 16, "packed")
+    model = load_model(saved)
+    set_dtype(model, torch.float32)
+    assert evaluate(model, rows, config.data.validation_tokens) == result.after
 
 
 # Options
@@ -631,20 +518,3 @@ def test_compile_gives_the_same_losses(corpus: Path, tmp_path: Path) -> None:
         # Fused kernels round elsewhere; four steps amplify that.
         assert losses_of(tmp_path / name) == pytest.approx(losses_of(tmp_path / "eager"), rel=1e-4)
         assert weights_of(tmp_path / name).keys() == weights_of(tmp_path / "eager").keys()
-
-
-def write_golden() -> None:
-    import tempfile
-
-    torch.set_num_threads(1)
-    found = {}
-    for linear in LINEARS:
-        with tempfile.TemporaryDirectory() as folder:
-            found[linear] = golden_run(linear, Path(folder))
-    GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--write-golden"]:
-        sys.exit("usage: python tests/test_train.py --write-golden")
-    write_golden()

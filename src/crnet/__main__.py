@@ -1,6 +1,6 @@
 """``python -m crnet``."""
 
-from crnet.cli.commands import main
+from crnet.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -7,13 +7,16 @@ import dataclasses
 import pytest
 import torch
 
+from crnet.config.model_spec import model_spec
 from crnet.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
-from crnet.cost.activations import Plan, Step, peak_activations
+from crnet.cost.micro_batch import MicroBatch
+from crnet.cost.peak import peak_bytes as predicted_bytes
 from crnet.kernels import naive
 from crnet.kernels.carried import carried_lowrank
 from crnet.measure.memory import peak_bytes
-from crnet.model.backbone import build
-from crnet.recompute.engine import Recomputation
+from crnet.model.build import build
+from crnet.model.language_model import LanguageModel
+from crnet.recompute.plan import RecomputePlan
 from crnet.train import run as train
 
 pytestmark = [
@@ -42,10 +45,13 @@ def test_carried_lowrank_equals_the_plain_formula(dtype):
         assert (got.double() - wanted).abs().max() <= bound * wanted.abs().max()
 
 
+def make(device: str, dtype: torch.dtype = torch.float32, **changes) -> LanguageModel:
+    config = dataclasses.replace(ModelConfig(), vocab_size=512, **changes)
+    return build(model_spec(config), 3, device, dtype)
+
+
 def test_the_same_seed_gives_the_same_weights_on_every_device():
-    config = dataclasses.replace(ModelConfig(), vocab_size=512)
-    on_cpu, on_gpu = build(config, 3, "cpu"), build(config, 3, "cuda")
-    for left, right in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
+    for left, right in zip(make("cpu").parameters(), make("cuda").parameters(), strict=True):
         assert torch.equal(left, right.cpu())
 
 
@@ -69,12 +75,11 @@ def test_a_run_trains_saves_and_resumes(tmp_path, precision):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replay_changes_no_bit(dtype, keep_attention):
     """The same kernels on both sides; the flash kernel keeps its random state too."""
-    config = dataclasses.replace(ModelConfig(), vocab_size=512, num_layers=6)
     tokens = torch.randint(0, 512, (4, 128), device="cuda")
     grads = []
-    for plan in (Plan(), Plan("replay", (2, 4), keep_attention)):
-        model = build(config, 0, "cuda").to(dtype)
-        model.model.recomputation = Recomputation(plan)
+    for plan in (RecomputePlan(), RecomputePlan("replay", (2, 4), keep_attention)):
+        model = make("cuda", dtype, num_layers=6)
+        model.recompute(plan)
         loss, _ = model(tokens, tokens)
         loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -83,16 +88,26 @@ def test_replay_changes_no_bit(dtype, keep_attention):
             assert torch.equal(grad, grads[1][name]), name
 
 
+def test_changed_weights_are_refused():
+    """Through the version counter at once; the sums of bits are compared on the device, and their
+    error would end the process's use of it."""
+    model = make("cuda")
+    model.recompute(RecomputePlan("replay", (2, 4)))
+    tokens = torch.randint(0, 512, (4, 128), device="cuda")
+    loss, _ = model(tokens, tokens)
+    with torch.no_grad():
+        model.model.blocks()[2].maps["up"].B.mul_(1.5)
+    with pytest.raises(RuntimeError, match="weights were changed"):
+        loss.backward()
+
+
 def test_peak_falls_as_predicted():
     """The allocator's count within 10% of the closed form, which was fitted to no GPU."""
-    config = dataclasses.replace(
-        ModelConfig(), vocab_size=512, hidden_size=512, intermediate_size=1376, num_layers=12
-    )
     tokens = torch.randint(0, 512, (8, 256), device="cuda")
-    step = Step(config, 8, 256, "bf16")
-    for plan in (Plan(), Plan("block"), Plan("replay", (6, 9))):
-        model = build(config, 0, "cuda").bfloat16()
-        model.model.recomputation = Recomputation(plan)
+    plans = (RecomputePlan(), RecomputePlan("block"), RecomputePlan("replay", (6, 9)))
+    for plan in plans:
+        model = make("cuda", torch.bfloat16, hidden_size=512, intermediate_size=1376, num_layers=12)
+        model.recompute(plan)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
@@ -101,5 +116,5 @@ def test_peak_falls_as_predicted():
             loss.backward()
 
         run()
-        predicted = peak_activations(step, plan)
+        predicted = predicted_bytes(MicroBatch(model.spec, 8, 256, "bf16"), plan)
         assert abs(peak_bytes(run, "cuda") / predicted - 1) < 0.1

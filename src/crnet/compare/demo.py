@@ -10,16 +10,16 @@ import torch
 
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import override
-from crnet.cost import activations as cost
+from crnet.cost.workload import workload
 from crnet.errors import ConfigError
-from crnet.inference import generate
+from crnet.inference.generate import complete
+from crnet.inference.load import load_model, load_tokenizer
 from crnet.inference.sampling import Sampling
 from crnet.measure.memory import saved_bytes
-from crnet.model.backbone import build
-from crnet.recompute.engine import Recomputation
-from crnet.report.loss_plot import plot_losses
+from crnet.model.build import build
+from crnet.report.plots import plot_losses
 from crnet.storage import metrics
-from crnet.storage.checkpoint import load
+from crnet.storage.checkpoint import Checkpoint, load
 from crnet.train import run as train
 
 LINEARS = ("crnet", "full")
@@ -34,50 +34,58 @@ def run(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any
     Cost: two training runs. The folders ``out/crnet`` and ``out/full`` are ordinary runs.
     """
     figures: dict[str, Any] = {"rows": {}, "picture": str(out / "loss.png")}
+    saved: dict[str, Checkpoint] = {}
     for linear in LINEARS:
-        its = override(config, model={"linear": linear})
+        side = override(config, model={"linear": linear})
         if progress:
-            print(f"training {linear} ({its.train.steps} steps)", file=sys.stderr)
-        result = train.run(its, out / linear, progress=progress)
+            print(f"training {linear} ({side.train.steps} steps)", file=sys.stderr)
+        result = train.run(side, out / linear, progress=progress)
         if not result.finished:
             raise ConfigError(
-                f"the demo was stopped at step {result.step} of {linear}; start it again"
+                f"the demo was stopped at step {result.step} of {linear}; start it once more"
             )
-        assert result.before is not None
-        assert result.after is not None
         assert result.checkpoint is not None
-        figures["rows"][linear] = {
-            "parameters": result.num_parameters,
-            "perplexity_before": result.before.perplexity,
-            "perplexity_after": result.after.perplexity,
-            "tokens": result.tokens,
-            "tokens_per_s": result.tokens_per_s,
-            "saved_activation_bytes": {
-                policy: _saved_bytes(result.checkpoint, policy) for policy in POLICIES
-            },
-            "run": str(result.run_dir),
-            "checkpoint": str(result.checkpoint),
-        }
-    curves = {linear: metrics.read(out / linear / "metrics.jsonl") for linear in figures["rows"]}
+        saved[linear] = load(result.checkpoint)
+        figures["rows"][linear] = _row(result, saved[linear].config)
+    curves = {linear: metrics.read(out / linear / "metrics.jsonl") for linear in LINEARS}
     plot_losses(curves, out / "loss.png")
     figures["prompt"] = PROMPT
-    figures["sample"] = _sample(Path(figures["rows"]["crnet"]["checkpoint"]))
+    figures["sample"] = _sample(saved[LINEARS[0]])
     return figures
 
 
-def _saved_bytes(folder: Path, recompute: str) -> int:
-    config = override(load(folder).config, train={"recompute": recompute})
-    model = build(config.model, seed=0)
-    model.model.recomputation = Recomputation(cost.plan(config))
-    rows = config.train.micro_batch_size or config.train.batch_size
-    tokens = torch.zeros(rows, config.data.sequence_length, dtype=torch.int64)
-    return saved_bytes(model, tokens, tokens)
+def _row(result: train.Result, config: RunConfig) -> dict[str, Any]:
+    """The figures of one run; ``config`` as it was resolved."""
+    assert result.before is not None
+    assert result.after is not None
+    return {
+        "parameters": result.num_parameters,
+        "perplexity_before": result.before.perplexity,
+        "perplexity_after": result.after.perplexity,
+        "tokens": result.tokens,
+        "tokens_per_s": result.tokens_per_s,
+        "saved_activation_bytes": _saved_bytes(config),
+        "run": str(result.run_dir),
+        "checkpoint": str(result.checkpoint),
+    }
 
 
-def _sample(folder: Path) -> str:
-    saved = load(folder)
+def _saved_bytes(config: RunConfig) -> dict[str, int]:
+    """Bytes of activations that one micro-batch keeps, by recompute policy."""
+    found = {}
+    model = build(workload(config).spec, seed=0)
+    for policy in POLICIES:
+        work = workload(override(config, train={"recompute": policy}))
+        model.recompute(work.plan)
+        batch = work.micro_batch
+        tokens = torch.zeros(batch.sequences, batch.length, dtype=torch.int64)
+        found[policy] = saved_bytes(model, tokens, tokens)
+    return found
+
+
+def _sample(saved: Checkpoint) -> str:
     sampling = Sampling(max_tokens=120, temperature=0.8, top_p=0.95, seed=1)
-    return "".join(generate.complete(saved.model(), saved.tokenizer(), PROMPT, sampling))
+    return "".join(complete(load_model(saved), load_tokenizer(saved), PROMPT, sampling))
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -92,7 +100,9 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(
             f"{linear:8}{row['parameters']:>12,}{row['perplexity_before']:>10,.1f}"
             f"{row['perplexity_after']:>10,.1f}{row['tokens_per_s']:>10,.0f}"
-            + "".join(f"{row['saved_activation_bytes'][it] / 2**20:>10,.1f}" for it in POLICIES)
+            + "".join(
+                f"{row['saved_activation_bytes'][policy] / 2**20:>10,.1f}" for policy in POLICIES
+            )
         )
     return "\n".join(lines)
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
-import re
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
-from crnet import linears, optimizers
-from crnet.config.sections import SECTIONS, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from crnet import architectures, linears, optimizers, schedules, streams
+from crnet.config.model_spec import ModelSpec, model_spec
+from crnet.config.sections import (
+    SECTIONS,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    field_name,
+    options_of,
+)
 from crnet.errors import ConfigError
+from crnet.recompute.plan import parse_layers
+from crnet.schedules import Steps
+from crnet.specs import Slot
 
 
 def check(config: RunConfig) -> None:
@@ -18,122 +33,191 @@ def check(config: RunConfig) -> None:
     Whether files exist and hold text is seen when they are opened (``data.prepare``).
     """
     model, data, optimizer, train = (getattr(config, name) for name in SECTIONS)
-    problems: list[str] = []
-
-    def want(ok: bool, message: str) -> None:
-        if not ok:
-            problems.append(message)
-
-    def positive(section: Any, name: str, *keys: str) -> None:
-        for key in keys:
-            value = getattr(section, key)
-            flag = f"--{name}.{key.replace('_', '-')}"
-            fine = value is None or (value > 0 and math.isfinite(value))
-            want(fine, f"{flag} is {value}; it must be above zero and finite")
-
-    positive(model, "model", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-    positive(model, "model", "num_kv_heads", "vocab_size", "rope_theta", "norm_eps", "init_std")
-    positive(data, "data", "validation_tokens", "vocab_size", "sequence_length", "max_documents")
-    positive(optimizer, "optimizer", "lr", "eps")
-    positive(train, "train", "steps", "batch_size", "micro_batch_size", "threads")
-    positive(train, "train", "log_every_steps", "invert_tolerance", "activation_budget_gib")
-    for key in ("eval_every_steps", "save_every_steps", "keep_checkpoints", "seed"):
-        flag, value = f"--train.{key.replace('_', '-')}", getattr(train, key)
-        want(value >= 0, f"{flag} is {value}; it must be zero or more")
-    for key in ("beta1", "beta2"):
-        value = getattr(optimizer, key)
-        want(0 <= value < 1, f"--optimizer.{key} is {value}; it must lie in [0, 1)")
-    for key in ("warmup_frac", "min_lr_frac"):
-        flag, value = f"--optimizer.{key.replace('_', '-')}", getattr(optimizer, key)
-        want(0 <= value <= 1, f"{flag} is {value}; it is a share and must lie in [0, 1]")
-    for key in ("weight_decay", "clip_norm"):
-        flag, value = f"--optimizer.{key.replace('_', '-')}", getattr(optimizer, key)
-        want(value >= 0, f"{flag} is {value}; it must be zero or more")
-    want(
-        0 < data.validation_frac < 1,
-        f"--data.validation-frac is {data.validation_frac}; it is a share and must lie in (0, 1)",
-    )
-    want(
-        data.sequence_length >= 2,
-        f"--data.sequence-length is {data.sequence_length}; a row needs at least 2 tokens "
-        "to have one to predict",
-    )
-    want(bool(data.source), "--data.source is empty; name a corpus, or python for the default one")
-    want(
-        data.tokenizer != "train" or data.vocab_size >= 257,
-        f"--data.vocab-size is {data.vocab_size}; byte-level BPE needs at least 257 "
-        "(256 bytes and end-of-text)",
-    )
-
-    problems += _head_problems(model)
-    if train.batch_size > 0 and train.micro_batch_size and train.micro_batch_size > 0:
-        want(
-            train.batch_size % train.micro_batch_size == 0,
-            f"--train.batch-size {train.batch_size} is not divided by --train.micro-batch-size "
-            f"{train.micro_batch_size}",
-        )
-
+    problems = [*_range_problems(config), *_data_problems(data), *_head_problems(model)]
     problems += _name_problems(model, optimizer)
-    shaped = not any(problem.startswith("--model.") for problem in problems)
-    if shaped:
-        problems += _rank_problems(model)
-        problems += _recompute_problems(model, train)
+    if not any(problem.startswith(("--model.", "--optimizer.")) for problem in problems):
+        problems += _method_problems(config)
+    if _positive(train.batch_size, train.micro_batch_size) and (
+        train.batch_size % (train.micro_batch_size or train.batch_size)
+    ):
+        problems.append(
+            f"--train.batch-size {train.batch_size} is not divided by --train.micro-batch-size "
+            f"{train.micro_batch_size}"
+        )
     if problems:
         raise ConfigError(problems)
 
 
-def _head_problems(model: ModelConfig) -> list[str]:
-    problems: list[str] = []
-    heads_ok = model.num_heads > 0 and model.hidden_size > 0
-    if heads_ok and model.hidden_size % model.num_heads:
+def _positive(*values: float | None) -> bool:
+    return all(value is None or value > 0 for value in values)
+
+
+_ABOVE_ZERO = {
+    "model": (
+        *("hidden_size", "intermediate_size", "num_layers", "num_heads"),
+        *("num_kv_heads", "vocab_size", "rope_theta", "norm_eps", "init_std"),
+    ),
+    "data": ("validation_tokens", "vocab_size", "sequence_length", "max_documents"),
+    "optimizer": ("lr", "eps"),
+    "train": (
+        *("steps", "batch_size", "micro_batch_size", "threads"),
+        *("log_every_steps", "invert_tolerance", "activation_budget_gib"),
+    ),
+}
+_ZERO_OR_MORE = {
+    "train": ("eval_every_steps", "save_every_steps", "keep_checkpoints", "seed"),
+    "optimizer": ("weight_decay", "clip_norm"),
+}
+_SHARES = {"optimizer": ("warmup_frac", "min_lr_frac")}
+_DECAYS = {"optimizer": ("beta1", "beta2")}
+
+
+def _range_problems(config: RunConfig) -> Iterator[str]:
+    """Numbers outside the range that their key has."""
+    rules = (
+        (_ABOVE_ZERO, lambda x: x > 0 and math.isfinite(x), "must be above zero and finite"),
+        (_ZERO_OR_MORE, lambda x: x >= 0, "must be zero or more"),
+        (_DECAYS, lambda x: 0 <= x < 1, "must lie in [0, 1)"),
+        (_SHARES, lambda x: 0 <= x <= 1, "is a share and must lie in [0, 1]"),
+    )
+    for keys_of, is_fine, wanted in rules:
+        for section, keys in keys_of.items():
+            for key in keys:
+                value = getattr(getattr(config, section), key)
+                if value is not None and not is_fine(value):
+                    yield f"--{section}.{key.replace('_', '-')} is {value}; it {wanted}"
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    if not 0 < data.validation_frac < 1:
+        yield (
+            f"--data.validation-frac is {data.validation_frac}; "
+            "it is a share and must lie in (0, 1)"
+        )
+    if data.sequence_length < 2:
+        yield (
+            f"--data.sequence-length is {data.sequence_length}; a row needs at least 2 tokens "
+            "to have one to predict"
+        )
+    if not data.source:
+        yield "--data.source is empty; name a corpus, or python for the default one"
+    if data.tokenizer == "train" and data.vocab_size < 257:
+        yield (
+            f"--data.vocab-size is {data.vocab_size}; byte-level BPE needs at least 257 "
+            "(256 bytes and end-of-text)"
+        )
+
+
+def _head_problems(model: ModelConfig) -> Iterator[str]:
+    if not _positive(model.num_heads, model.hidden_size, model.num_kv_heads):
+        return
+    if model.hidden_size % model.num_heads:
         divisors = [n for n in range(1, model.hidden_size + 1) if model.hidden_size % n == 0]
         near = min(divisors, key=lambda n: abs(n - model.num_heads))
-        problems.append(
+        yield (
             f"--model.hidden-size {model.hidden_size} is not divided by --model.num-heads "
             f"{model.num_heads}; the nearest number of heads that divides it is {near}"
         )
-    elif heads_ok and (model.hidden_size // model.num_heads) % 2:
-        problems.append(
-            f"--model.hidden-size {model.hidden_size} over --model.num-heads {model.num_heads} "
-            f"gives heads of odd size {model.hidden_size // model.num_heads}; "
-            "rotary embedding needs an even one"
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        yield (
+            f"--model.num-heads {model.num_heads} is not divided by --model.num-kv-heads "
+            f"{model.num_kv_heads}"
         )
-    kv_heads = model.num_kv_heads
-    if heads_ok and kv_heads and kv_heads > 0 and model.num_heads % kv_heads:
-        problems.append(
-            f"--model.num-heads {model.num_heads} is not divided by --model.num-kv-heads {kv_heads}"
-        )
-    return problems
 
 
-def _name_problems(model: ModelConfig, optimizer: OptimizerConfig) -> list[str]:
-    problems: list[str] = []
-    for flag, name, known in (
-        ("--model.linear", model.linear, linears.names()),
-        ("--optimizer.name", optimizer.name, optimizers.names()),
+def _name_problems(model: ModelConfig, optimizer: OptimizerConfig) -> Iterator[str]:
+    for flag, name, seam in (
+        ("--model.architecture", model.architecture, architectures),
+        ("--model.linear", model.linear, linears),
+        ("--model.stream", model.stream, streams),
+        ("--optimizer.name", optimizer.name, optimizers),
+        ("--optimizer.schedule", optimizer.schedule, schedules),
     ):
-        if name not in known:
+        if name not in (known := seam.names()):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{flag} is {name!r}; known are {', '.join(known)}{hint}")
+            yield f"{flag} is {name!r}; known are {', '.join(known)}{hint}"
+
+
+def _unused_problems(
+    section: Any, name: str, chosen: Sequence[str], seams: Sequence[ModuleType]
+) -> Iterator[str]:
+    """Options that were changed and belong to a method that was not chosen."""
+    for seam in seams:
+        for method in seam.names():
+            options = options_of(section, method)
+            if options is None or method in chosen or options == type(options)():
+                continue
+            changed = [
+                field.name.replace("_", "-")
+                for field in dataclasses.fields(options)
+                if getattr(options, field.name) != field.default
+            ]
+            yield (
+                f"--{name}.{method}.{changed[0]} has no effect: {', '.join(chosen)} "
+                f"is chosen, not {method}; leave it out"
+            )
+
+
+def _method_problems(config: RunConfig) -> list[str]:
+    """What the chosen methods say, once names and numbers are right."""
+    model, optimizer = config.model, config.optimizer
+    chosen = (model.architecture, model.linear, model.stream)
+    seams = (architectures, linears, streams)
+    problems = [*_unused_problems(model, "model", chosen, seams)]
+    chosen = (optimizer.name, optimizer.schedule)
+    problems += _unused_problems(optimizer, "optimizer", chosen, (optimizers, schedules))
+    problems += optimizers.get(optimizer.name).problems(options_of(optimizer, optimizer.name))
+    steps = steps_of(config)
+    schedule = schedules.get(optimizer.schedule)
+    problems += schedule.problems(options_of(optimizer, schedule.name), steps)
+    size = model.vocab_size or config.data.vocab_size
+    try:
+        spec = model_spec(dataclasses.replace(model, vocab_size=size))
+    except ValueError as error:
+        return [*problems, str(error)]
+    problems += _spec_problems(spec)
+    longest = spec.architecture.max_length(spec.architecture_options)
+    if longest is not None and config.data.sequence_length > longest:
+        problems.append(
+            f"--data.sequence-length {config.data.sequence_length} is above the {longest} "
+            f"positions of --model.{field_name(spec.architecture.name)}; take {longest} or less, "
+            "or give it more"
+        )
+    if not any(problem.startswith("--model.") for problem in problems):
+        problems += _recompute_problems(spec, config.train)
     return problems
 
 
-def _rank_problems(model: ModelConfig) -> list[str]:
-    try:
-        slots = linears.slots(model)
-    except ValueError as error:
-        return [str(error)]
-    method = linears.get(model.linear)
-    problems = method.problems(getattr(model, model.linear, None))
-    too_large: dict[tuple[bool, int, int], list[linears.Slot]] = {}
+def steps_of(config: RunConfig) -> Steps:
+    """What a schedule is told of a run."""
+    optimizer = config.optimizer
+    return Steps(config.train.steps, optimizer.warmup_frac, optimizer.min_lr_frac)
+
+
+def _spec_problems(spec: ModelSpec) -> list[str]:
+    slots = [slot for block in spec.slots for slot in block]
+    problems = [
+        *spec.architecture.problems(spec.shape, spec.architecture_options),
+        *spec.stream.problems(spec.stream_options),
+    ]
+    too_large = _too_large(spec, slots)
+    problems += too_large
+    return problems if too_large else problems + spec.linear.problems(spec.linear_options, slots)
+
+
+def _too_large(spec: ModelSpec, slots: Sequence[Slot]) -> list[str]:
+    """Ranks above the smaller width of their map."""
+    found: dict[tuple[bool, int, int], list[Slot]] = {}
     for slot in slots:
         limit = min(slot.in_size, slot.out_size)
         if slot.rank > limit:
-            scheduled = slot.layer_idx >= method.first_ranked_layer_idx
-            too_large.setdefault((scheduled, slot.rank, limit), []).append(slot)
-    for (scheduled, rank, limit), where in too_large.items():
-        flag = f"--model.rank {model.rank}" if scheduled else f"--model.{model.linear}.first-rank"
+            fixed = spec.linear.fixed_rank(slot.layer_idx, spec.linear_options)
+            found.setdefault((fixed is None, slot.rank, limit), []).append(slot)
+    problems = []
+    for (scheduled, rank, limit), where in found.items():
+        method = spec.linear.name
+        flag = f"--model.rank {spec.config.rank}" if scheduled else f"--model.{method}.first-rank"
         positions = ", ".join(dict.fromkeys(slot.position for slot in where))
         blocks = sorted({slot.layer_idx + 1 for slot in where})
         span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}..{blocks[-1]}"
@@ -144,7 +228,27 @@ def _rank_problems(model: ModelConfig) -> list[str]:
     return problems
 
 
-def _recompute_problems(model: ModelConfig, train: TrainConfig) -> list[str]:
+def policy_problem(spec: ModelSpec, policy: str) -> str | None:
+    """Why a model cannot be run under a recompute policy; None where it can."""
+    if policy not in spec.stream.policies and policy != "auto":
+        return (
+            f"--train.recompute {policy}: the stream {spec.stream.name} cannot be rebuilt from "
+            f"what its sublayers write; take {' or '.join(spec.stream.policies)}"
+        )
+    if policy == "invert":
+        complete = all(
+            len(block) == len(spec.positions) and all(read.inverts for read in block.values())
+            for block in spec.reads[1:]
+        )
+        if not complete or spec.num_layers < 2:
+            return (
+                f"--train.recompute invert: the outputs of {spec.linear.name} do not follow from "
+                "those of the block above; take replay or block"
+            )
+    return None
+
+
+def _recompute_problems(spec: ModelSpec, train: TrainConfig) -> list[str]:
     policy = train.recompute
     problems = []
     if policy == "auto" and train.activation_budget_gib is None:
@@ -164,45 +268,26 @@ def _recompute_problems(model: ModelConfig, train: TrainConfig) -> list[str]:
             f"--train.recompute-attention keep has no effect with --train.recompute {policy}; "
             "leave it out"
         )
-    if policy == "invert" and linears.get(model.linear).carry != "below":
-        problems.append(
-            f"--train.recompute invert: the outputs of {model.linear} do not follow from those of "
-            "the block above; take replay or block"
-        )
+    if problem := policy_problem(spec, policy):
+        problems.append(problem)
     if policy not in ("none", "block") and train.compile:
         problems.append(
             f"--train.compile with --train.recompute {policy} is not supported: a compiled block "
             "does not come apart; leave one of them out, or take --train.recompute block"
         )
     if policy in ("invert", "replay"):
-        try:
-            layers = parse_layers(train.recompute_layers or "every-8", model.num_layers)
-        except ValueError as error:
-            return [*problems, str(error)]
-        if policy == "invert" and 1 in layers:
-            problems.append(
-                f"--train.recompute-layers {train.recompute_layers}: invert never keeps block 1, "
-                "which the block above leads to; leave it out"
-            )
+        problems += _layer_problems(spec, train)
     return problems
 
 
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Read a set of blocks, 1-based: ``4,8,12``, or ``every-8`` for 8, 16, ...
-
-    Raises:
-        ValueError: unreadable, or a block that the model does not have.
-    """
-    if match := re.fullmatch(r"every-([1-9]\d*)", text):
-        every = int(match[1])
-        return tuple(range(every, num_layers + 1, every))
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError(
-            f"--train.recompute-layers {text!r} cannot be read; write 4,8,12 or every-8"
-        )
-    layers = tuple(sorted({int(number) for number in text.split(",")}))
-    if layers[0] < 1 or layers[-1] > num_layers:
-        raise ValueError(
-            f"--train.recompute-layers {text}: the model's blocks are 1 to {num_layers}"
-        )
-    return layers
+def _layer_problems(spec: ModelSpec, train: TrainConfig) -> list[str]:
+    try:
+        layers = parse_layers(train.recompute_layers or "every-8", spec.num_layers)
+    except ValueError as error:
+        return [str(error)]
+    if train.recompute == "invert" and 1 in layers:
+        return [
+            f"--train.recompute-layers {train.recompute_layers}: invert never keeps block 1, "
+            "which the block above leads to; leave it out"
+        ]
+    return []

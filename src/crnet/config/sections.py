@@ -1,23 +1,25 @@
-"""What a run is: frozen dataclasses, their validation, and their way to and from plain dicts.
+"""What a run is: frozen dataclasses.
 
 A field's docstring is its ``--help`` line; a field's default is what a user gets who says nothing.
-Nothing here imports torch, so that ``crnet --help`` and ``crnet list`` answer at once.
-
-``ConfigError`` carries every problem found, not the first: each says what came, what was wanted
-and how to mend it.
+Nothing here imports torch, so that ``crnet --help`` and ``crnet list`` answer at once. A method
+that has options is found behind its seam and has a field here under its name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crnet.linears.crnet import CRNetOptions
-from crnet.linears.lowrank import LowRankOptions
+from crnet import architectures, linears, optimizers, schedules, streams
+from crnet.config import defaults
 
 
 def _whole(_: Any, tokens: Any) -> int:
@@ -33,16 +35,32 @@ Int = Annotated[int, Parameter(converter=_whole)]
 """A whole number, from the command line or a file; a fraction is an error."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape of the model and the parameterization of its linear maps."""
+def _choice(text: str, seam: ModuleType) -> Any:
+    known = "; ".join(f"{name}: {seam.get(name).summary}" for name in seam.names())
+    return Annotated[str, Parameter(help=f"{text} {known}.")]
 
-    linear: str = "crnet"
-    """Parameterization of the seven linear maps of every block: crnet, full or lowrank."""
+
+if TYPE_CHECKING:
+    Linear = Architecture = Stream = Optimizer = Schedule = str
+else:
+    Linear = _choice("Parameterization of the linear maps of every block.", linears)
+    Architecture = _choice("What a block is made of.", architectures)
+    Stream = _choice("What travels from sublayer to sublayer.", streams)
+    Optimizer = _choice("Optimizer.", optimizers)
+    Schedule = _choice("Learning rate over the steps.", schedules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModelConfig:
+    """The shape of the model and what it is made of."""
+
+    architecture: Architecture = defaults.ARCHITECTURE
+    linear: Linear = defaults.LINEAR
+    stream: Stream = defaults.STREAM
     rank: str = "0.25h"
     """Ranks, bottom block first: 96 | 96x3,112x4 | 0.25h | aligned-parameters | aligned-memory.
-    One position apart from the rest: 96x7/v=128x7/down=128x7. For crnet they are those of blocks
-    2..L, for lowrank of blocks 1..L."""
+    One position apart from the rest: 96x7/v=128x7/down=128x7. They are those of the blocks that the
+    parameterization leaves open (blocks 2..L where the first is full rank)."""
     hidden_size: Int = 192
     """Model width h."""
     intermediate_size: Int = 512
@@ -58,13 +76,11 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     """Base of the rotary embedding."""
     norm_eps: float = 1e-6
-    """Epsilon of RMSNorm."""
-    tie_embeddings: bool = False
-    """Use the embedding as the head."""
+    """Epsilon of the norms."""
+    tie_embeddings: bool | None = None
+    """Use the embedding as the head; none: as the architecture has it."""
     init_std: float = 0.02
     """Standard deviation of every dense weight, and of the product of every pair of factors."""
-    crnet: CRNetOptions = CRNetOptions()
-    lowrank: LowRankOptions = LowRankOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +119,10 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class BaseOptimizerConfig:
     """The optimizer and its schedule."""
 
-    name: str = "adamw"
-    """Optimizer."""
+    name: Optimizer = defaults.OPTIMIZER
     lr: float = 1.5e-3
     """Peak learning rate; low-rank factors take a share of it (model.LINEAR.lr-factor)."""
     beta1: float = 0.9
@@ -118,10 +133,11 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices."""
+    schedule: Schedule = defaults.SCHEDULE
     warmup_frac: float = 0.1
     """Share of the steps over which the rate rises linearly."""
     min_lr_frac: float = 0.1
-    """Share of the peak rate at which the cosine ends."""
+    """Share of the peak rate at which the schedule ends."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
 
@@ -171,6 +187,48 @@ class TrainConfig:
     """Also write TensorBoard event files into the run folder."""
 
 
+def field_name(method: str) -> str:
+    """The field of a section that holds a method's options."""
+    return method.replace("-", "_")
+
+
+def options_of(section: Any, method: str) -> Any:
+    """A method's options in a section; None where it has none."""
+    return getattr(section, field_name(method), None)
+
+
+def choose(section: Any, key: str, name: str) -> Any:
+    """A section with another method under ``key``; options of the former are at their defaults."""
+    former = getattr(section, key)
+    changes: dict[str, Any] = {key: name}
+    if name != former and (options := options_of(section, former)) is not None:
+        changes[field_name(former)] = type(options)()
+    return dataclasses.replace(section, **changes)
+
+
+def _with_options(base: type, name: str, seams: Sequence[ModuleType]) -> Any:
+    """``base`` with one field for each method that has options."""
+    fields = [
+        (field_name(method), seam.get(method).Options, seam.get(method).Options())
+        for seam in seams
+        for method in seam.names()
+        if seam.get(method).Options is not None
+    ]
+    made = dataclasses.make_dataclass(name, fields, bases=(base,), frozen=True, kw_only=True)
+    made.__module__, made.__doc__ = __name__, base.__doc__
+    # The base's annotations are words of this file; a made class's functions live elsewhere.
+    made.__init__.__annotations__ |= typing.get_type_hints(made, include_extras=True)
+    return made
+
+
+if TYPE_CHECKING:
+    ModelConfig = BaseModelConfig
+    OptimizerConfig = BaseOptimizerConfig
+else:
+    ModelConfig = _with_options(BaseModelConfig, "ModelConfig", (architectures, linears, streams))
+    OptimizerConfig = _with_options(BaseOptimizerConfig, "OptimizerConfig", (optimizers, schedules))
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides a run's numbers."""
@@ -183,3 +241,20 @@ class RunConfig:
 
 
 SECTIONS = ("model", "data", "optimizer", "train")
+
+_ON_RESUME: dict[str, tuple[bool, tuple[str, ...]]] = {
+    # Whether the keys of a section stay, and the keys for which it is the other way round.
+    "model": (True, ()),
+    "data": (True, ("cache_dir", "validation_tokens")),
+    "optimizer": (
+        False,  # its state holds these, and would silently prevail
+        ("name", "beta1", "beta2", "eps", "weight_decay", *map(field_name, optimizers.names())),
+    ),
+    "train": (False, ("seed", "precision")),
+}
+
+
+def stays_on_resume(section: str, key: str) -> bool:
+    """Whether a resumed run must have the value of a key that it began with."""
+    stays, others = _ON_RESUME[section]
+    return stays != (key in others)

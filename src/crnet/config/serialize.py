@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from crnet.config import presets
 from crnet.config.sections import RunConfig
 from crnet.errors import ConfigError
 
@@ -18,7 +20,7 @@ from crnet.errors import ConfigError
 def override(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
     """Return ``config`` with some keys of its sections replaced.
 
-    >>> override(RunConfig(), model={"linear": "full"}, train={"steps": 3}).train.steps
+    >>> override(RunConfig(), model={"rank": "96"}, train={"steps": 3}).train.steps
     3
     """
     return dataclasses.replace(
@@ -91,6 +93,25 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise ConfigError(f"{where} is {value!r}, which is not a {getattr(hint, '__name__', hint)}")
+
+
+def command_line(config: RunConfig) -> list[str]:
+    """The words after the program that train a configuration: what differs from its preset."""
+    base = dict(_flags("--", to_dict(presets.get(config.preset))))
+    words = ["train", config.preset]
+    for flag, value in _flags("--", to_dict(config)):
+        if isinstance(value, bool) and value != base[flag]:
+            words.append(flag if value else re.sub(r"\.(?=[^.]*$)", ".no-", flag))
+        elif value != base[flag]:
+            items = value if isinstance(value, list) else [value]
+            words += [word for item in items for word in (flag, str(item))]
+    return words
+
+
+def _flags(before: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        flag = before + key.replace("_", "-")
+        yield from _flags(f"{flag}.", value) if isinstance(value, Mapping) else [(flag, value)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from crnet.data.shards import Rows, validation_batches
-from crnet.model.backbone import LanguageModel
+from crnet.data.rows import Rows, validation_batches
+from crnet.model.build import set_dtype
+from crnet.model.language_model import LanguageModel
 
 TOKENS_AT_ONCE = 8192
 """Input tokens in one forward pass of an evaluation."""
@@ -57,19 +58,20 @@ def evaluate_unless(
         ConfigError: the split holds no row.
     Cost: one forward pass; memory for the logits of a chunk of rows.
     """
-    parameter = next(model.parameters())
-    if parameter.dtype in (torch.bfloat16, torch.float16):
-        model = copy.deepcopy(model).float()
+    device = next(model.parameters()).device
+    if any(each.dtype in (torch.bfloat16, torch.float16) for each in model.parameters()):
+        model = copy.deepcopy(model)
+        set_dtype(model, torch.float32)
     was_training = model.training
     model.eval()
     batch_size = max(1, TOKENS_AT_ONCE // rows.sequence_length)
     loss_sum, num_tokens, complete = 0.0, 0, True
-    with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for tokens, targets in validation_batches(rows, batch_size, max_tokens):
             if stopped():
                 complete = False
                 break
-            loss, count = model(tokens.to(parameter.device), targets.to(parameter.device))
+            loss, count = model(tokens.to(device), targets.to(device))
             loss_sum += loss.item()
             num_tokens += int(count.item())
     model.train(was_training)

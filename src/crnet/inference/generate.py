@@ -16,8 +16,8 @@ from torch import Tensor
 from crnet.data.tokenizer import Tokenizer
 from crnet.errors import ConfigError
 from crnet.inference.sampling import Sampling, sampling_problems
-from crnet.model.attention import LayerCache
-from crnet.model.backbone import LanguageModel
+from crnet.layers.cache import LayerCache
+from crnet.model.language_model import LanguageModel
 
 _UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 
@@ -95,7 +95,7 @@ def generate(
         for the prompt and ``max_tokens``; without it a pass over everything so far for each token.
     """
     problems = sampling_problems(sampling)
-    vocab_size = model.lm_head.out_features
+    vocab_size = model.spec.shape.vocab_size
     limit = vocab_size if num_ids is None else min(num_ids, vocab_size)
     if not 0 <= eos_id < limit:
         problems.append(f"the end-of-text id is {eos_id}, but ids lie in [0, {limit})")
@@ -105,9 +105,21 @@ def generate(
             f"the prompt has id {outside[0]}, but ids lie in [0, {limit}); encode it with the "
             "tokenizer that the model was trained with"
         )
+    ids = list(prompt_ids) or [eos_id]
+    longest = model.max_length()
+    if longest is not None and len(ids) + sampling.max_tokens > longest:
+        problems.append(
+            f"a prompt of {len(ids)} tokens and --max-tokens {sampling.max_tokens} are more than "
+            f"the {longest} positions of the model; "
+            + (
+                f"take --max-tokens {longest - len(ids)} or less"
+                if len(ids) < longest
+                else f"shorten the prompt to {longest - 1} tokens or less"
+            )
+        )
     if problems:
         raise ConfigError(problems)
-    return _generate(model, list(prompt_ids) or [eos_id], sampling, eos_id, limit)
+    return _generate(model, ids, sampling, eos_id, limit)
 
 
 def _generate(
@@ -116,10 +128,10 @@ def _generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     # The last id is never read, so it needs no room.
     capacity = len(ids) + sampling.max_tokens - 1
-    cache = model.new_cache(capacity) if sampling.use_cache else None
+    caches = model.new_caches(capacity) if sampling.use_cache else None
     unread = ids
     for _ in range(sampling.max_tokens):
-        logits_V = _last_logits(model, unread, cache)[:limit]
+        logits_V = _last_logits(model, unread, caches)[:limit]
         if sampling.greedy:
             token = int(_on_cpu(logits_V).argmax())
         else:
@@ -127,7 +139,7 @@ def _generate(
         if token == eos_id and sampling.stop_at_end:
             return
         yield token
-        unread = [token] if cache else [*unread, token]
+        unread = [token] if caches else [*unread, token]
 
 
 # Not inference_mode: the rotary tables are kept between calls, and a table made in inference mode
@@ -135,14 +147,14 @@ def _generate(
 # around a yield would also switch gradients off for whoever asked for the token.
 @torch.no_grad()
 def _last_logits(
-    model: LanguageModel, unread: Sequence[int], cache: Sequence[LayerCache] | None
+    model: LanguageModel, unread: Sequence[int], caches: Sequence[LayerCache] | None
 ) -> Tensor:
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        return model.logits(torch.tensor([unread], device=device), cache, last_only=True)[0, -1]
+        return model.logits(torch.tensor([unread], device=device), caches, last_only=True)[0, -1]
     finally:
         for module in training:
             module.training = True

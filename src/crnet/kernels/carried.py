@@ -12,8 +12,8 @@ and besides its inputs it keeps Z = X A alone. Refused: ``addmm(beta=gain)``, th
 memory, but the gain must then be a Python number, that is, a wait for the GPU; and working through
 the rows in chunks that fit the cache, which measured no faster (LOG.md).
 
-Recomputation takes the map apart: ``expand`` is its second half, ``shrink`` undoes it, and a caller
-who knows Z and Y already gets the same node of the graph from them (``known``).
+Recomputation takes the map apart: ``up_project`` is its second half, ``carry_from`` undoes it, and
+a caller who knows Z and Y already gets the same node of the graph from them (``known``).
 
 Shapes: B batch, T tokens, M = B T rows, D input width, F output width, R rank.
 """
@@ -37,7 +37,7 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx, x_MD, a_DR, b_RF, carry_MF, gain_1, z_MR, y_MF):
         if y_MF is None:
             z_MR = x_MD @ a_DR
-            y_MF = _expand(z_MR, b_RF, carry_MF, gain_1)
+            y_MF = _up_project(z_MR, b_RF, carry_MF, gain_1)
         ctx.save_for_backward(x_MD, z_MR, a_DR, b_RF, carry_MF, gain_1)
         return y_MF
 
@@ -64,7 +64,9 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(dtype=torch.float32)
 
 
-def _expand(z_MR: Tensor, b_RF: Tensor, carry_MF: Tensor | None, gain_1: Tensor | None) -> Tensor:
+def _up_project(
+    z_MR: Tensor, b_RF: Tensor, carry_MF: Tensor | None, gain_1: Tensor | None
+) -> Tensor:
     if carry_MF is None or gain_1 is None:
         return z_MR @ b_RF
     y_MF = carry_MF * gain_1
@@ -116,7 +118,7 @@ def carried_lowrank(
     return _apply(x_BTD, a_DR, b_RF, carry_BTF.to(dtype), gain_1.to(dtype), known)
 
 
-def lowrank(x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, known: Known | None = None) -> Tensor:
+def low_rank(x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, known: Known | None = None) -> Tensor:
     """Return ``(x A) B``: ``carried_lowrank`` without a carry."""
     return _apply(x_BTD, a_DR, b_RF, None, None, known)
 
@@ -134,7 +136,7 @@ def rows(x_BTD: Tensor) -> Tensor:
     return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
-def expand(
+def up_project(
     z_BTR: Tensor,
     b_RF: Tensor,
     carry_BTF: Tensor | None = None,
@@ -153,11 +155,11 @@ def expand(
     dtype = carry_dtype or z_BTR.dtype
     carry_MF = None if carry_BTF is None else rows(carry_BTF.to(dtype))
     gain_1 = None if gain_1 is None else gain_1.to(dtype)
-    y_MF = _expand(rows(z_BTR), b_RF.to(z_BTR.dtype), carry_MF, gain_1)
+    y_MF = _up_project(rows(z_BTR), b_RF.to(z_BTR.dtype), carry_MF, gain_1)
     return y_MF.view(*z_BTR.shape[:-1], -1)
 
 
-def shrink(y_BTF: Tensor, z_BTR: Tensor, b_RF: Tensor, gain_1: Tensor) -> Tensor:
+def carry_from(y_BTF: Tensor, z_BTR: Tensor, b_RF: Tensor, gain_1: Tensor) -> Tensor:
     """Return the output of the layer below, ``Y_{l-1} = (Y_l - Z_l B_l) / gain_l``.
 
     Args:
@@ -168,7 +170,7 @@ def shrink(y_BTF: Tensor, z_BTR: Tensor, b_RF: Tensor, gain_1: Tensor) -> Tensor
     Returns: (B, T, F).
     Cost: 2 M R F FLOPs; allocates M F items.
     Numerics: rounding grows like the product of 1/|gain| over the layers crossed; the bound is
-        ``cost.invert_error``.
+        ``recompute.plan.invert_error``.
     Source: arXiv:2509.18993, eq. 7.
     """
     y_MF, z_MR, b_RF = rows(y_BTF), rows(z_BTR), b_RF.to(z_BTR.dtype)

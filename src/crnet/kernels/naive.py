@@ -9,6 +9,8 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,29 @@ def gain(beta: Tensor, eps: float = 1e-6) -> Tensor:
 def carried_lowrank(x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, carry_BTF: Tensor, gain_1: Tensor):
     """``gain * carry + (x A) B``, shape (B, T, F). Source: arXiv:2509.18993, eq. 6."""
     return gain_1 * carry_BTF + (x_BTD @ a_DR) @ b_RF
+
+
+def rebuild_up(
+    carry_BTF: Tensor, z_BTR: Sequence[Tensor], b_RF: Sequence[Tensor], gains: Sequence[Tensor]
+) -> list[Tensor]:
+    """Outputs of successive blocks from the output below them: eq. 6 repeated. Source: eq. 6."""
+    outputs = []
+    for z, b, gain_1 in zip(z_BTR, b_RF, gains, strict=True):
+        carry_BTF = gain_1 * carry_BTF + z @ b
+        outputs.append(carry_BTF)
+    return outputs
+
+
+def rebuild_down(
+    y_BTF: Tensor, z_BTR: Sequence[Tensor], b_RF: Sequence[Tensor], gains: Sequence[Tensor]
+) -> list[Tensor]:
+    """Outputs below that of the top block, nearest first: eq. 7 repeated, Z, B and gain of the
+    blocks from the top one down. Source: eq. 7, algorithm 1."""
+    outputs = []
+    for z, b, gain_1 in zip(z_BTR, b_RF, gains, strict=True):
+        y_BTF = (y_BTF - z @ b) / gain_1
+        outputs.append(y_BTF)
+    return outputs
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

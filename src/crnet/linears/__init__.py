@@ -1,179 +1,154 @@
-"""The seam between the model and the parameterizations of its linear maps.
+"""The seam of the linear maps: one folder (or file) is one parameterization.
 
-One sub-package is one parameterization. Its ``__init__`` declares it (what it is called, which
-slots are low rank, what it costs) and imports no torch; its ``module.py`` computes. What its
-``METHODS`` lists is the whole interface: nothing above this folder names a parameterization.
+A method's ``__init__`` declares it and imports no torch; its ``module.py`` computes. What this file
+asks for is the whole interface: nothing above this folder names a parameterization. Parts that
+methods share stand in ``_declarations.py`` (no torch) and ``_maps.py``.
 
-A slot's module is called as ``module(x_BTD, carry)``. ``carry`` is an earlier block's output of the
-same position, or None: ``Method.carry`` says which (``below``, ``first`` or ``none``), and a
-parameterization that says ``none`` costs no memory for it.
-
-For recomputation the module also comes apart. ``reduce(x)`` is the narrowest tensor that its output
-follows from without x (a bottleneck; for a dense map the output itself), ``expand(reduced, carry)``
-that output, bit for bit; ``recall(x, carry, (reduced, output))`` makes the node of the graph from
-what is known. A module whose carry follows from its output has ``shrink(output, reduced)`` for that
-and ``gain()``, the factor it divides by.
+A map is called as ``map(x, carry) -> (output, handed)``. ``carry`` is what the same position of an
+earlier block handed on, or None: ``Parameterization.reads`` says which, and a map that reads
+nothing costs no memory for it.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from crnet.registry import discover, find
+from crnet.specs import Position, Read, Shape, Slot, TensorSpec, Work
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Generator, Tensor
 
-    from crnet.config.sections import ModelConfig
-
-POSITIONS: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    from crnet.linears._maps import LinearMap
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One linear map of one block."""
-
-    position: str
-    layer_idx: int
-    """0-based; the paper's l is this plus 1."""
-    in_size: int
-    out_size: int
-    rank: int
-    """0 where the map is full rank."""
-    num_layers: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """How the optimizer treats one named parameter of a slot."""
-
-    lr_factor: float = 1.0
-    decays: bool = True
-
-
-class Method(Protocol):
-    """What a parameterization answers."""
+class Parameterization:
+    """What a parameterization answers; a method states only what differs."""
 
     name: str
     summary: str
-    carry: Literal["none", "below", "first"]
-    first_ranked_layer_idx: int
-    """The bottom-most block that a rank schedule speaks of."""
-    published_ranks: Mapping[str, Mapping[tuple[int, int], str]]
+    """One line for ``crnet list`` and ``--help``."""
+    Options: type | None = None
+    """A frozen dataclass; its fields become ``--model.NAME.OPTION``."""
+    examples: tuple[Any, ...] = ()
+    """More ``Options`` that the contract is checked with (``measure.contract``)."""
+    published_ranks: Mapping[str, Mapping[tuple[int, int], str]] = {}
     """``aligned-parameters`` ...: (hidden_size, num_layers) -> schedule, from a published table."""
+    has_ranks: bool = True
+    """Whether ``--model.rank`` has an effect."""
 
-    def rank_below(self, options: Any) -> int:
-        """Rank of the blocks under ``first_ranked_layer_idx``; 0: full rank."""
-        ...
+    def problems(self, options: Any, slots: Sequence[Slot]) -> list[str]:
+        """What is wrong with options and slots, one sentence each, with the mend."""
+        return []
 
-    def problems(self, options: Any) -> list[str]:
-        """What is wrong with the options, one sentence each."""
-        ...
+    def fixed_rank(self, layer_idx: int, options: Any) -> int | None:
+        """Rank of a block of which no schedule speaks; 0: full rank. None: scheduled."""
+        return None
 
-    def shapes(self, slot: Slot) -> dict[str, tuple[int, ...]]:
-        """Shape of each parameter of the slot's module, by its name there."""
-        ...
+    def tensors(self, slot: Slot, options: Any) -> dict[str, TensorSpec]:
+        """The parameters of a slot's map, by their name there."""
+        raise NotImplementedError
 
-    def matrix_items(self, slot: Slot) -> int:
-        """Items of the matrices that a row is multiplied with; each costs 2 FLOPs a row."""
-        ...
+    def work(self, slot: Slot, options: Any, rows: int, item_bytes: int) -> Work:
+        """What a slot's map does with so many rows, items of the compute dtype so wide."""
+        raise NotImplementedError
 
-    def bottleneck(self, slot: Slot) -> int:
-        """Width of what ``reduce`` returns; 0 where that is the output itself."""
-        ...
+    def reads(self, slot: Slot, options: Any) -> Read | None:
+        """What the map reads of an earlier block."""
+        return None
 
-    def carry_bytes(self, options: Any, compute_bytes: int) -> int:
-        """Of an item of the outputs of a slot that has a carry."""
-        ...
+    def output_bytes(self, slot: Slot, options: Any, item_bytes: int) -> int:
+        """Of an item of the output, items of the compute dtype so wide."""
+        return item_bytes
 
-    def initial_gain(self, options: Any) -> float:
-        """What the carry is multiplied with before the first step; 1 where there is none."""
-        ...
+    def keeps_activation(self, shape: Shape, options: Any) -> bool:
+        """Whether the feed-forward keeps the activation of the architecture."""
+        return True
 
-    def groups(self, slot: Slot, options: Any) -> dict[str, Group]:
-        """The optimizer's treatment of each trained parameter of the module, by its name there."""
-        ...
+    def events(self, step: int, options: Any) -> tuple[str, ...]:
+        """What is due once ``step`` optimizer steps are done: a pure function of the step."""
+        return ()
 
-    def make(self, slot: Slot, options: Any, init_std: float) -> nn.Module:
-        """The module: ``reset_parameters(generator)``, ``forward(x, carry)`` and its halves."""
-        ...
+    def initial_value(
+        self, name: str, slot: Slot, options: Any, generator: Callable[[str], Generator]
+    ) -> Tensor:
+        """Value of a tensor whose ``init`` is ``OWN``, fp32 or int32, on the CPU.
+
+        ``generator(word)``: a new generator, seeded by the run, the map's full name and the word.
+        """
+        raise NotImplementedError
+
+    def make(self, slot: Slot, options: Any) -> LinearMap:
+        """The module, its parameters registered from ``tensors`` and not yet filled."""
+        raise NotImplementedError
 
 
 def names() -> list[str]:
     """Every parameterization, sorted."""
-    return sorted(discover(__name__))
+    return sorted(discover(__name__, Parameterization))
 
 
-def get(name: str) -> Method:
+def get(name: str) -> Parameterization:
     """The parameterization of that name. Raises ``ValueError`` if there is none."""
-    return find(__name__, name)
+    return find(__name__, name, Parameterization)
 
 
-def slot_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(input width, output width) of each position."""
-    h, f = model.hidden_size, model.intermediate_size
-    kv = (model.num_kv_heads or model.num_heads) * (h // model.num_heads)
-    widths = ((h, h), (h, kv), (h, kv), (h, h), (h, f), (h, f), (f, h))
-    return dict(zip(POSITIONS, widths, strict=True))
-
-
-def slots(model: ModelConfig) -> list[Slot]:
-    """Every slot of a model, block by block, in the order of ``POSITIONS``.
+def make_slots(
+    method: Parameterization,
+    options: Any,
+    shape: Shape,
+    positions: Sequence[Position],
+    rank: str,
+) -> tuple[tuple[Slot, ...], ...]:
+    """Every slot of a model, block by block, in the order of its positions.
 
     Raises:
-        ValueError: ``model.rank`` cannot be read, or speaks of another number of blocks.
+        ValueError: ``rank`` cannot be read, or speaks of another number of blocks.
     """
-    method = get(model.linear)
-    options = getattr(model, model.linear, None)
-    ranked = range(method.first_ranked_layer_idx, model.num_layers)
+    fixed = [method.fixed_rank(idx, options) for idx in range(shape.num_layers)]
+    scheduled = [idx for idx, each in enumerate(fixed) if each is None]
+    key = (shape.hidden_size, shape.num_layers)
     schedules = parse_ranks(
-        model.rank,
-        num_blocks=len(ranked),
-        hidden_size=model.hidden_size,
+        rank,
+        num_blocks=len(scheduled),
+        hidden_size=shape.hidden_size,
         published={
-            word: table[model.hidden_size, model.num_layers]
-            for word, table in method.published_ranks.items()
-            if (model.hidden_size, model.num_layers) in table
+            word: table[key] for word, table in method.published_ranks.items() if key in table
         },
+        positions=tuple(position.name for position in positions),
     )
-    below = method.rank_below(options)
+    ranks = {idx: iter_idx for iter_idx, idx in enumerate(scheduled)}
 
-    def rank(position: str, layer_idx: int) -> int:
-        if layer_idx not in ranked:
-            return below
-        return schedules[position][layer_idx - ranked.start]
+    def rank_of(position: str, layer_idx: int) -> int:
+        given = fixed[layer_idx]
+        return schedules[position][ranks[layer_idx]] if given is None else given
 
-    return [
-        Slot(position, layer_idx, in_size, out_size, rank(position, layer_idx), model.num_layers)
-        for layer_idx in range(model.num_layers)
-        for position, (in_size, out_size) in slot_sizes(model).items()
-    ]
-
-
-def num_parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameters in closed form: embedding, head, norms and each position; their sum is the total.
-
-    ``model.vocab_size`` must be known. Cost: no tensor is made.
-    """
-    assert model.vocab_size, "the vocabulary size is resolved before parameters are counted"
-    method = get(model.linear)
-    table = model.vocab_size * model.hidden_size
-    counts = {
-        "embedding": table,
-        "head": 0 if model.tie_embeddings else table,
-        "norms": (2 * model.num_layers + 1) * model.hidden_size,
-    } | dict.fromkeys(POSITIONS, 0)
-    for slot in slots(model):
-        counts[slot.position] += sum(math.prod(it) for it in method.shapes(slot).values())
-    return counts
+    return tuple(
+        tuple(
+            Slot(
+                position.name,
+                layer_idx,
+                shape.num_layers,
+                position.in_size,
+                position.out_size,
+                rank_of(position.name, layer_idx),
+                shape.init_std,
+            )
+            for position in positions
+        )
+        for layer_idx in range(shape.num_layers)
+    )
 
 
 def parse_ranks(
-    text: str, *, num_blocks: int, hidden_size: int, published: Mapping[str, str]
+    text: str,
+    *,
+    num_blocks: int,
+    hidden_size: int,
+    published: Mapping[str, str],
+    positions: Sequence[str],
 ) -> dict[str, list[int]]:
     """Read a rank schedule: ``96``, ``96x3,112x4``, ``0.25h``, ``96x7/v=128x7``, a table's name.
 
@@ -182,7 +157,7 @@ def parse_ranks(
         ValueError: unreadable, a rank below 1, or not one rank per block.
     """
     if num_blocks <= 0:
-        return {position: [] for position in POSITIONS}
+        return {position: [] for position in positions}
     common, *apart = text.split("/")
     if common.startswith("aligned-"):
         if common not in published:
@@ -192,7 +167,7 @@ def parse_ranks(
             )
         common = published[common]
     schedules = {
-        position: _parse_schedule(common, num_blocks, hidden_size) for position in POSITIONS
+        position: _parse_schedule(common, num_blocks, hidden_size) for position in positions
     }
     given: set[str] = set()
     for part in apart:
@@ -200,9 +175,9 @@ def parse_ranks(
         if position in given:
             raise ValueError(f"--model.rank {text} gives {position} twice; leave one out")
         given.add(position)
-        if position not in POSITIONS:
+        if position not in positions:
             raise ValueError(
-                f"--model.rank {text}: {position!r} is no position; known: {', '.join(POSITIONS)}"
+                f"--model.rank {text}: {position!r} is no position; known: {', '.join(positions)}"
             )
         schedules[position] = _parse_schedule(schedule, num_blocks, hidden_size)
     return schedules

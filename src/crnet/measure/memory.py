@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crnet.model.backbone import LanguageModel
+from crnet.model.language_model import LanguageModel
 
 
 def saved_bytes(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> int:

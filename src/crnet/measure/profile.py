@@ -1,4 +1,4 @@
-"""The cost model's table, measured: the same sections and terms, counted on a model that runs.
+"""The cost model's rows, measured: the same sections and terms, counted on a model that runs.
 
 Parameters by ``numel``, state by walking it, kept activations by hooks, FLOPs by torch's counter,
 peaks by a trace of every allocation (CPU) or the allocator (GPU), the step by a clock. Tokens are
@@ -18,91 +18,76 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from crnet import optimizers
-from crnet.config.sections import RunConfig
-from crnet.cost import activations as cost
-from crnet.cost import table as estimate
-from crnet.cost.activations import Plan
-from crnet.cost.table import Table
+from crnet.config.sections import options_of
+from crnet.cost.parameters import num_parameters, terms
+from crnet.cost.table import CostRow, make_rows, plans
+from crnet.cost.workload import Workload
 from crnet.kernels import loss
 from crnet.measure.memory import peak_bytes, saved_bytes
-from crnet.model.backbone import build
-from crnet.recompute.engine import Recomputation
+from crnet.model.build import build
+from crnet.recompute.plan import RecomputePlan
 
 
-def measured(config: RunConfig, predicted: Table, device: torch.device, rounds: int = 3) -> Table:
-    """The sections of ``predicted`` measured; terms that cannot be are missing.
+def measured(
+    work: Workload, device: torch.device, *, seed: int = 0, rounds: int = 3
+) -> list[CostRow]:
+    """The rows of ``cost.table.cost_rows``, measured; terms that cannot be are missing.
 
     Args:
-        config: as for training; ``train.batch_size`` rows a step, in micro-batches.
-        predicted: ``estimate.table`` of it.
+        work: the run, all micro-batches of a step.
         device: where.
+        seed: of weights and tokens.
         rounds: steps that are timed, after one that is not; their median is reported.
     Cost: a model, its gradients and optimizer state; a handful of micro-batches a policy.
     """
-    return Probe(config, device, rounds).table(predicted)
+    return Probe(work, device, seed=seed, rounds=rounds).rows()
 
 
 class Probe:
     """One model on which the terms are counted, each by its own method."""
 
-    def __init__(self, config: RunConfig, device: torch.device, rounds: int):
-        self.config = config = estimate.resolved(config)
-        self.device, self.rounds = device, rounds
-        self.step = estimate.step_of(config)
-        self.model = build(config.model, config.train.seed, device)
-        if config.train.precision == "bf16":
-            self.model.bfloat16()
-        method = optimizers.get(config.optimizer.name)
-        self.optimizer = method.build(self.model.optimizer_groups(), config.optimizer)
-        generator = torch.Generator().manual_seed(config.train.seed)
-        shape = (self.step.sequences, self.step.length)
+    def __init__(self, work: Workload, device: torch.device, *, seed: int = 0, rounds: int = 3):
+        self.work, self.device, self.rounds = work, device, rounds
+        self.micro_batch = micro_batch = work.micro_batch
+        dtype = torch.bfloat16 if micro_batch.precision == "bf16" else torch.float32
+        self.model = build(work.spec, seed, device, dtype)
+        self.model.run_events(0, seed)
+        chosen = work.optimizer
+        method = optimizers.get(chosen.name)
+        settings = optimizers.Settings(
+            chosen.lr, chosen.beta1, chosen.beta2, chosen.eps, chosen.weight_decay, seed
+        )
+        options = options_of(chosen, method.name)
+        self.optimizer = method.build(self.model.trained(), options, settings)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (micro_batch.sequences, micro_batch.length)
+        vocab_size = work.spec.shape.vocab_size
         self.tokens, self.targets = (
-            torch.randint(0, config.model.vocab_size or 1, shape, generator=generator).to(device)
-            for _ in range(2)
+            torch.randint(0, vocab_size, shape, generator=generator).to(device) for _ in range(2)
         )
 
-    def table(self, predicted: Table) -> Table:
-        config, num_micro = self.config, self.config.train.batch_size // self.step.sequences
-        chosen = cost.plan(config)
-        backward = self.backward_flops(Plan())
-        forward, head = self.forward_flops()
-        flops = {
-            "blocks forward": forward,
-            "blocks backward": backward,
-            "recomputation": self.backward_flops(chosen) - backward,
-            "head forward": head // 3,
-            "head backward": head - head // 3,
-        }
-        plans = estimate.policies(config)
-        kept = {name: self.kept(plan) for name, plan in plans.items()}
-        peaks = {name: self.peak(plan) for name, plan in plans.items()}
-        seconds = self.seconds(chosen)  # last: steps move the betas that invert's guard looks at
-        values: dict[str, dict[str, float]] = {
-            "parameters": dict(self.parameters()),
-            "state": dict(self.state()),
-            "activations kept": dict(kept),
-            "activations at": dict(peaks),
-            "FLOPs": {
-                name: num_micro * count
-                for name, count in (flops | {"total": sum(flops.values())}).items()
-            },
-            "seconds": {"total": seconds},
-        }
-        found: Table = {}
-        for section in predicted:
-            for start, terms in values.items():
-                if section.startswith(start):
-                    found[section] = terms
-        total = values["state"]["total"]
-        found["memory at the peak, bytes"] = {name: total + it for name, it in peaks.items()}
-        return found
-
-    def use(self, plan: Plan) -> None:
-        self.model.model.recomputation = Recomputation(plan)
+    def rows(self) -> list[CostRow]:
+        """Everything that can be measured."""
+        known, num_micro = plans(self.work), self.work.num_micro_batches
+        flops = {name: num_micro * count for name, count in self.flops().items()}
+        kept = {name: self.kept(plan) for name, plan in known.items()}
+        peaks = {name: self.peak(plan) for name, plan in known.items()}
+        state = self.state()
+        seconds = self.seconds()  # last: steps move the betas that invert's guard looks at
+        return [
+            *make_rows("parameters", "count", self.parameters()),
+            *make_rows("state", "bytes", state),
+            *make_rows("kept", "bytes", kept),
+            *make_rows("peak", "bytes", peaks),
+            *make_rows("memory", "bytes", {n: state["total"] + size for n, size in peaks.items()}),
+            *make_rows("flops", "count", flops),
+            *make_rows("seconds", "s", {"total": seconds}),
+        ]
 
     def autocast(self) -> torch.autocast:
-        mixed = self.config.train.precision == "bf16-mixed"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.micro_batch.precision == "bf16-mixed"
+        )
 
     def forward(self) -> Tensor:
         with self.autocast():
@@ -110,61 +95,77 @@ class Probe:
         return total
 
     def parameters(self) -> dict[str, int]:
-        counts: dict[str, int] = dict.fromkeys(estimate.shapes(self.config.model), 0)
+        """By term."""
+        counts = dict.fromkeys(num_parameters(self.work.spec), 0)
+        term_of = terms(self.work.spec)
         for name, parameter in self.model.named_parameters():
-            counts[_term(name, parameter)] += parameter.numel()
+            counts[term_of[name]] += parameter.numel()
         return counts | {"total": sum(p.numel() for p in self.model.parameters())}
 
     def state(self) -> dict[str, int]:
         """After one step."""
-        self.use(Plan())
+        self.model.recompute(RecomputePlan())
         self.forward().backward()
         self.optimizer.step()
         sizes = {
-            "weights": sum(_bytes(it) for it in self.model.parameters()),
-            "gradients": sum(_bytes(it.grad) for it in self.model.parameters()),
-            "optimizer state": sum(_bytes(it) for it in self.optimizer.state.values()),
+            "weights": sum(_bytes(each) for each in self.model.parameters()),
+            "gradients": sum(_bytes(each.grad) for each in self.model.parameters()),
+            "optimizer state": sum(_bytes(each) for each in self.optimizer.state.values()),
         }
         return sizes | {"total": sum(sizes.values())}
 
-    def kept(self, plan: Plan) -> int:
-        self.use(plan)
+    def kept(self, plan: RecomputePlan) -> int:
+        self.model.recompute(plan)
         # torch's own loss keeps the head's gradients out of sight.
         with loss.chunked_everywhere(), self.autocast():
             return saved_bytes(self.model, self.tokens, self.targets)
 
-    def peak(self, plan: Plan) -> int:
+    def peak(self, plan: RecomputePlan) -> int:
         """Of a micro-batch whose gradients add to those that are there; tokens included."""
-        self.use(plan)
+        self.model.recompute(plan)
         run: Callable[[], None] = lambda: self.forward().backward()  # noqa: E731
         run()
         return peak_bytes(run, self.device) + _bytes(self.tokens)
 
+    def flops(self) -> dict[str, int]:
+        """Of one micro-batch."""
+        forward, head = self.forward_flops()
+        backward = self.backward_flops(RecomputePlan())
+        parts = {
+            "blocks forward": forward,
+            "blocks backward": backward,
+            "recomputation": self.backward_flops(self.work.plan) - backward,
+            "head forward": head // 3,
+            "head backward": head - head // 3,
+        }
+        return parts | {"total": sum(parts.values())}
+
     def forward_flops(self) -> tuple[int, int]:
         """Of the blocks, and of the head with its gradients, which the loss computes at once."""
-        self.use(Plan())
+        self.model.recompute(RecomputePlan())
         with sdpa_kernel(SDPBackend.MATH), loss.chunked_everywhere():
             with FlopCounterMode(display=False) as both:
                 self.forward()
-            with FlopCounterMode(display=False) as blocks, torch.no_grad():
-                self.model.model(self.tokens)
+            with FlopCounterMode(display=False) as blocks, torch.no_grad(), self.autocast():
+                self.model.hidden(self.tokens)
         return blocks.get_total_flops(), both.get_total_flops() - blocks.get_total_flops()
 
-    def backward_flops(self, plan: Plan) -> int:
-        self.use(plan)
+    def backward_flops(self, plan: RecomputePlan) -> int:
+        self.model.recompute(plan)
         with sdpa_kernel(SDPBackend.MATH):
             total = self.forward()
             with FlopCounterMode(display=False) as counter:
                 total.backward()
         return counter.get_total_flops()
 
-    def seconds(self, plan: Plan) -> float:
-        self.use(plan)
+    def seconds(self) -> float:
+        """Of an optimizer step under the run's own plan."""
+        self.model.recompute(self.work.plan)
         times = []
         for _ in range(self.rounds + 1):
             start_s = time.perf_counter()
             self.optimizer.zero_grad(set_to_none=True)
-            for _ in range(self.config.train.batch_size // self.step.sequences):
+            for _ in range(self.work.num_micro_batches):
                 self.forward().backward()
             self.optimizer.step()
             if self.device.type == "cuda":
@@ -173,19 +174,7 @@ class Probe:
         return statistics.median(times[1:])
 
 
-def _term(name: str, parameter: Tensor) -> str:
-    """The cost model's term of a parameter, by its name in the model."""
-    if name.startswith("lm_head."):
-        return "head"
-    if "embed_tokens" in name:
-        return "embedding"
-    if "norm" in name:
-        return "norms"
-    position, own = name.split(".")[-2:]
-    return position.removesuffix("_proj") if parameter.dim() > 1 else f"{own}s"
-
-
 def _bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    return sum(_bytes(it) for it in value.values()) if isinstance(value, dict) else 0
+    return sum(_bytes(each) for each in value.values()) if isinstance(value, dict) else 0

@@ -1,56 +1,158 @@
-"""The seam between the trainer and the optimizers.
+"""The seam of the optimizers. One file is one family; ``METHODS`` in it lists what it offers.
 
-One file is one optimizer family; ``METHODS`` in it lists what it offers. The declarations import no
-torch until they are asked to build, so that listing and costing them costs nothing.
+The declarations import no torch until they are asked to build, so that listing and costing them
+costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from crnet.registry import discover, find
+from crnet.specs import Forget, TensorSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
     from torch.optim import Optimizer
-
-    from crnet.config.sections import OptimizerConfig
 
 
 @dataclass(frozen=True)
-class Group:
-    """Parameters that share a learning rate and a weight decay."""
+class Settings:
+    """What every optimizer is told."""
 
-    names: tuple[str, ...]
-    parameters: tuple[Tensor, ...]
-    lr_factor: float
-    decays: bool
+    lr: float
+    """Peak learning rate."""
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    seed: int
+    """Of the run: with a parameter's name and the step, it seeds every random number."""
 
 
-class Method(Protocol):
-    """What an optimizer answers."""
+class OptimizerMethod:
+    """What an optimizer answers; a method states only what differs."""
 
     name: str
     summary: str
-    shards: bool
-    """Can it run on parameters that are split over ranks?"""
+    Options: type | None = None
+    """A frozen dataclass; its fields become ``--optimizer.NAME.OPTION``."""
+    examples: tuple[Any, ...] = ()
+    """More ``Options`` that the contract is checked with (``measure.contract``)."""
+    shards: bool = False
+    """Whether it can run on parameters that are split over ranks."""
 
-    def build(self, groups: Iterable[Group], config: OptimizerConfig) -> Optimizer:
-        """The optimizer; each of its ``param_groups`` keeps its ``lr_factor``."""
-        ...
+    def problems(self, options: Any) -> list[str]:
+        """What is wrong with the options, one sentence each, with the mend."""
+        return []
 
-    def state_bytes(self, shape: tuple[int, ...], item_bytes: int) -> int:
-        """Bytes of optimizer state that a parameter of this shape costs after the first step."""
-        ...
+    def state_bytes(self, spec: TensorSpec, options: Any, item_bytes: int) -> int:
+        """Bytes of state of one trained tensor after the first step.
+
+        ``item_bytes``: of an item of the tensor itself.
+        """
+        raise NotImplementedError
+
+    def build(
+        self,
+        parameters: Mapping[str, tuple[TensorSpec, Tensor]],
+        options: Any,
+        settings: Settings,
+    ) -> Optimizer:
+        """The optimizer of the trained parameters, by full name. Each of its ``param_groups`` keeps
+        its ``lr_factor``; its state is tensors and numbers (``torch.load(weights_only=True)``)."""
+        raise NotImplementedError
 
 
 def names() -> list[str]:
     """Every optimizer, sorted."""
-    return sorted(discover(__name__))
+    return sorted(discover(__name__, OptimizerMethod))
 
 
-def get(name: str) -> Method:
+def get(name: str) -> OptimizerMethod:
     """The optimizer of that name. Raises ``ValueError`` if there is none."""
-    return find(__name__, name)
+    return find(__name__, name, OptimizerMethod)
+
+
+def param_groups(
+    parameters: Mapping[str, tuple[TensorSpec, Tensor]], settings: Settings, **more: Any
+) -> list[dict[str, Any]]:
+    """torch's ``param_groups``: one for each pair of learning-rate factor and decay, in the order
+    of the parameters."""
+    members: dict[tuple[float, bool], dict[str, Tensor]] = {}
+    for name, (spec, tensor) in parameters.items():
+        members.setdefault((spec.lr_factor, spec.decays), {})[name] = tensor
+    return [
+        {
+            "params": list(named.values()),
+            "names": list(named),
+            "lr": settings.lr * lr_factor,
+            "lr_factor": lr_factor,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            **more,
+        }
+        for (lr_factor, decays), named in members.items()
+    ]
+
+
+def forget(optimizer: Optimizer, parameter: Tensor, forget: Forget, generator: Generator) -> None:
+    """Set a part of an optimizer's state of one parameter to 0, as ``forget.kept_frac`` says.
+
+    Every state tensor of the parameter's shape loses the same items: a first moment without the
+    second would be a step of any size. Counters, and what else has another shape, stay.
+
+    Args:
+        parameter: one that has no state is passed over.
+        generator: on the CPU; as many numbers are drawn as the parameter has items, or none.
+    """
+    import torch
+
+    states = [
+        value
+        for value in optimizer.state.get(parameter, {}).values()
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape == parameter.shape
+    ]
+    if not states:
+        return
+    if forget.kept_frac == 0:
+        lost = torch.ones(parameter.shape, dtype=torch.bool)
+    else:
+        lost = torch.rand(parameter.shape, generator=generator) >= forget.kept_frac
+    lost = lost.to(parameter.device)
+    if hasattr(parameter, "device_mesh"):  # a shard: each rank forgets its own part
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+        lost = distribute_tensor(lost, mesh, placements, src_data_rank=None)
+    for value in states:
+        value.masked_fill_(lost, 0)
+
+
+def load_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Restore what ``optimizer.state_dict()`` gave, every tensor in the dtype that it has there.
+
+    torch's ``load_state_dict`` alone casts a state to the dtype of its parameter: moments in fp32
+    of bf16 weights would be rounded, and whole numbers turned into fractions.
+    """
+    optimizer.load_state_dict(dict(state))
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    indices = [each for group in state["param_groups"] for each in group["params"]]
+    for parameter, index in zip(parameters, indices, strict=True):
+        if index in state["state"]:
+            loaded = optimizer.state[parameter]
+            optimizer.state[parameter] = _in_own_dtype(loaded, state["state"][index])
+
+
+def _in_own_dtype(loaded: Any, saved: Any) -> Any:
+    """``loaded``, where torch has left the dtype alone; else ``saved``, on the device of it."""
+    import torch
+
+    if isinstance(saved, torch.Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(saved, dict):
+        return {key: _in_own_dtype(loaded[key], value) for key, value in saved.items()}
+    if isinstance(saved, (list, tuple)):
+        return type(saved)(map(_in_own_dtype, loaded, saved))
+    return loaded

@@ -7,56 +7,44 @@ import warnings
 from pathlib import Path
 
 from crnet import linears
-from crnet.config.check import check
 from crnet.config.sections import RunConfig
-from crnet.cost import activations as cost
-from crnet.cost import table as estimate
-from crnet.errors import ConfigError
+from crnet.config.units import GIB
+from crnet.cost.kept import kept_bytes
+from crnet.cost.peak import peak_bytes
+from crnet.cost.step import step_flops
+from crnet.cost.table import plans
+from crnet.cost.workload import PLAIN, with_linear, workload
 
-GIB = 2**30
 STATES = ("weights", "gradients", "optimizer state")
 FLOPS = ("blocks forward", "blocks backward", "recomputation", "head forward", "head backward")
 
+Bars = dict[str, dict[str, float]]
+"""By name, the parts of a bar from the bottom up."""
 
-def bars(config: RunConfig) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """What the picture shows: (memory, FLOPs), each bar's parts from the bottom up.
+
+def bars(config: RunConfig) -> tuple[Bars, Bars]:
+    """What the picture shows: memory and FLOPs.
 
     One bar for every parameterization and recompute policy that go together, all of the
     configuration's shape. ``--model.rank`` is kept where the parameterization can read it, else its
     ``aligned-parameters``, else a quarter of the hidden size.
     """
-    memory: dict[str, dict[str, float]] = {}
-    flops: dict[str, dict[str, float]] = {}
+    memory: Bars = {}
+    flops: Bars = {}
+    plain = dataclasses.replace(config, train=dataclasses.replace(config.train, **PLAIN))
     for linear in linears.names():
-        its = _readable(config, linear)
-        step, states = estimate.step_of(its), estimate.state_bytes(its)
-        for name, plan in estimate.policies(its).items():
-            bar = f"{linear}, {name}"
-            added = cost.added_at_first(step, plan)
-            peak = cost.peak_activations(step, plan, added)
-            kept = sum(cost.saved_activations(step, plan, added).values())
-            memory[bar] = {term: states[term] / GIB for term in STATES} | {
+        work = workload(with_linear(plain, linear, config.model.rank))
+        for policy, plan in plans(work).items():
+            peak = peak_bytes(work.micro_batch, plan)
+            kept = sum(kept_bytes(work.micro_batch, plan).values())
+            bar = f"{linear}, {policy}"
+            memory[bar] = {term: work.state_bytes[term] / GIB for term in STATES} | {
                 "activations kept": min(kept, peak) / GIB,
                 "more at the peak": max(peak - kept, 0) / GIB,
             }
-            counted = estimate.step_flops(its, plan)
+            counted = step_flops(work, plan)
             flops[bar] = {term: counted[term] for term in FLOPS}
     return memory, flops
-
-
-def _readable(config: RunConfig, linear: str) -> RunConfig:
-    for rank in (config.model.rank, "aligned-parameters", "0.25h"):
-        model = dataclasses.replace(config.model, linear=linear, rank=rank)
-        train = dataclasses.replace(
-            config.train, recompute="none", recompute_layers=None, activation_budget_gib=None
-        )
-        its = estimate.resolved(dataclasses.replace(config, model=model, train=train))
-        try:
-            check(its)
-        except ConfigError:
-            continue
-        return its
-    raise ConfigError(f"no rank of {linear} suits this shape; give one with --model.rank")
 
 
 def plot(config: RunConfig, path: Path) -> list[Path]:
@@ -67,21 +55,14 @@ def plot(config: RunConfig, path: Path) -> list[Path]:
     from matplotlib import pyplot
 
     memory, flops = bars(config)
-    step = estimate.step_of(config)
+    sequences = config.train.micro_batch_size or config.train.batch_size
+    batch = f"micro-batch {sequences} x {config.data.sequence_length}"
     figure, panes = pyplot.subplots(1, 2, figsize=(12, 0.36 * len(memory) + 1.6), sharey=True)
     for pane, parts, label in (
-        (panes[0], memory, f"GiB at the peak, micro-batch {step.sequences} x {step.length}"),
+        (panes[0], memory, f"GiB at the peak, {batch}"),
         (panes[1], flops, "FLOPs of a step"),
     ):
-        names = list(parts)[::-1]
-        left = [0.0] * len(names)
-        for term in parts[names[0]]:
-            widths = [parts[name][term] for name in names]
-            pane.barh(names, widths, left=left, label=term)
-            left = [at + width for at, width in zip(left, widths, strict=True)]
-        pane.set_xlabel(label)
-        pane.grid(axis="x", alpha=0.3)
-        pane.legend(fontsize=7)
+        _draw(pane, parts, label)
     figure.suptitle(
         f"{config.preset}: hidden size {config.model.hidden_size}, "
         f"{config.model.num_layers} blocks, {config.train.precision}"
@@ -95,3 +76,16 @@ def plot(config: RunConfig, path: Path) -> list[Path]:
             figure.savefig(file, dpi=120)
     pyplot.close(figure)
     return files
+
+
+def _draw(pane, bars: Bars, label: str) -> None:
+    """Stacked bars, the first on top."""
+    names = list(bars)[::-1]
+    left = [0.0] * len(names)
+    for term in bars[names[0]]:
+        widths = [bars[name][term] for name in names]
+        pane.barh(names, widths, left=left, label=term)
+        left = [at + width for at, width in zip(left, widths, strict=True)]
+    pane.set_xlabel(label)
+    pane.grid(axis="x", alpha=0.3)
+    pane.legend(fontsize=7)

@@ -1,15 +1,16 @@
-"""Checkpoints: a folder that is there whole or not at all, and is proved whole before it is used.
+"""Checkpoints: whole or not at all, also after kill -9, a power cut or a full disk.
 
-    checkpoints/step_400/
-      model.safetensors     weights under Hugging Face style names
-      state.pt              optimizer and random states, loadable with weights_only=True
+    run/checkpoints/step_N/
+      model.safetensors     weights by name
+      state.pt              optimizer and random states (torch.load with weights_only=True)
       checkpoint.json       step, position in the data, tokens, configuration, hashes
-      tokenizer.json|.model the tokenizer itself
+      tokenizer.json|.model what the caller adds, here the tokenizer
       checksums.json        size and sha256 of every file above; written last
 
 It is written under another name, synced to the disk file by file, and renamed; the folder is then
 synced too, so that a power cut leaves the old state or the new one. Older checkpoints are removed
-only afterwards.
+only afterwards. Nothing here knows a model, a tokenizer or an optimizer: names, tensors and
+dictionaries come in and go out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,9 +32,7 @@ from torch import Tensor
 
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import from_dict, read_json, to_dict
-from crnet.data.tokenizer import Tokenizer, load_saved
 from crnet.errors import ConfigError
-from crnet.model.backbone import LanguageModel, build
 from crnet.storage.files import UNFINISHED, sha256, sync, write_json
 
 FORMAT = 1
@@ -56,18 +57,40 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What is saved."""
+
+    weights: Mapping[str, Tensor]
+    """By name, on any device; no two share memory."""
+    state: Mapping[str, Any]
+    """Tensors and numbers, in dicts and lists."""
+    config: RunConfig
+    progress: Progress
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else JSON can hold."""
+    files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    """By what it is, a function that writes it into an existing folder."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that has been verified."""
 
     folder: Path
-    config: RunConfig
+    config_dict: Mapping[str, Any]
     progress: Progress
-    extra: dict[str, Any]
-    """What the run noted beside (hashes of tokenizer and validation set)."""
+    extra: Mapping[str, Any]
+    """What the run noted beside (hashes of tokenizer, corpus and validation set)."""
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer the run was trained with."""
-        return load_saved(self.folder)
+    @cached_property
+    def config(self) -> RunConfig:
+        """That of the run. Raises ``ConfigError`` where this version has not all of the keys."""
+        try:
+            return from_dict(self.config_dict)
+        except ConfigError as error:
+            raise ConfigError(
+                [f"{self.folder / DESCRIPTION}: {problem}" for problem in error.problems]
+            ) from error
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight by name, on the CPU, in the dtype it was saved in."""
@@ -77,37 +100,11 @@ class Checkpoint:
             raise ConfigError(f"{self.folder / WEIGHTS}: cannot be read ({error})") from error
 
     def state(self) -> dict[str, Any]:
-        """Optimizer and random states."""
+        """Optimizer and random states, on the CPU."""
         return torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
 
-    def model(self, device: torch.device | str = "cpu") -> LanguageModel:
-        """Build the model with its weights, in the dtype they were saved in."""
-        weights = self.weights()
-        model = build(self.config.model, self.config.train.seed, device)
-        model.to(next(iter(weights.values())).dtype)
-        load_weights(model, weights)
-        return model
 
-
-def load_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
-    """Copy weights into a model by name; a missing or unknown name is an error that lists them."""
-    weights = dict(weights)
-    if model.config.tie_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights, strict=True)
-
-
-def save(
-    run_dir: Path,
-    *,
-    model: LanguageModel,
-    state: dict[str, Any],
-    config: RunConfig,
-    progress: Progress,
-    tokenizer: Tokenizer,
-    extra: dict[str, Any],
-    keep: int,
-) -> Path:
+def save(run_dir: Path, contents: Contents, keep: int) -> Path:
     """Write ``run_dir/checkpoints/step_N`` and drop the oldest beyond ``keep`` (0: keep all).
 
     Raises:
@@ -116,40 +113,15 @@ def save(
     Cost: weights and state once to the disk, and once more to hash them.
     """
     root = run_dir / "checkpoints"
-    target = root / f"step_{progress.step}"
+    target = root / f"step_{contents.progress.step}"
     unfinished = root / f"{UNFINISHED}{target.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(f"{UNFINISHED}*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir()
-        weights = {  # a tied head is listed once, as the embedding
-            name: tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()
-        }
-        safetensors.torch.save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
-        _save_state(state, unfinished / STATE)
-        description = {
-            "format": FORMAT,
-            "step": progress.step,
-            "position": progress.position,
-            "tokens": progress.tokens,
-            "config": to_dict(config),
-            "extra": extra,
-        }
-        write_json(unfinished / DESCRIPTION, description)
-        tokenizer.save(unfinished)
-        sums = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(unfinished.iterdir())
-        }
-        write_json(unfinished / CHECKSUMS, sums)
-        for path in unfinished.iterdir():
-            sync(path)
-        sync(unfinished)
-        if target.exists():  # the same step saved twice: the newer copy replaces the older one
-            _remove(target)
-        unfinished.rename(target)
-        sync(root)
+        _write(contents, unfinished)
+        _publish(unfinished, target)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -157,15 +129,36 @@ def save(
             f"{target}: the checkpoint could not be written ({reason}). Earlier checkpoints are "
             "untouched; free space or make the folder writable, then go on with --resume"
         ) from error
-    if keep:
-        # What is newer than this one was damaged and passed over on resume; it is not counted.
-        older = [path for path in found(run_dir) if _step(path) <= progress.step]
-        for old in older[keep:]:
-            _remove(old)
+    _prune(run_dir, contents.progress.step, keep)
     return target
 
 
-def _save_state(state: dict[str, Any], path: Path) -> None:
+def _write(contents: Contents, folder: Path) -> None:
+    """Every file of a checkpoint, its checksums last."""
+    weights = {name: each.detach().cpu().contiguous() for name, each in contents.weights.items()}
+    safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    _write_state(contents.state, folder / STATE)
+    description = {
+        "format": FORMAT,
+        "step": contents.progress.step,
+        "position": contents.progress.position,
+        "tokens": contents.progress.tokens,
+        "config": to_dict(contents.config),
+        "extra": dict(contents.extra),
+    }
+    write_json(folder / DESCRIPTION, description)
+    for name, write in contents.files.items():
+        before = {*folder.iterdir()}
+        write(folder)
+        assert {*folder.iterdir()} > before, f"no file was written for {name}"
+    sums = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    write_json(folder / CHECKSUMS, sums)
+
+
+def _write_state(state: Mapping[str, Any], path: Path) -> None:
     # torch.save reports a failed write by a position in its archive; the system's reason is better.
     reason: list[OSError] = []
     with path.open("wb") as file:
@@ -178,11 +171,33 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
                 raise
 
         try:
-            torch.save(state, SimpleNamespace(write=write, flush=file.flush))  # type: ignore[arg-type]
+            torch.save(
+                dict(state),
+                SimpleNamespace(write=write, flush=file.flush),  # type: ignore[arg-type]
+            )
         except RuntimeError:
             if reason:
                 raise reason[0] from None
             raise
+
+
+def _publish(unfinished: Path, target: Path) -> None:
+    """Bring a written folder to the disk, then give it the name by which it is found."""
+    for path in unfinished.iterdir():
+        sync(path)
+    sync(unfinished)
+    if target.exists():  # the same step saved twice: the newer copy replaces the older one
+        _remove(target)
+    unfinished.rename(target)
+    sync(target.parent)
+
+
+def _prune(run_dir: Path, step: int, keep: int) -> None:
+    """Drop the oldest beyond ``keep``; what is newer than ``step`` was damaged and passed over on
+    resume, and is not counted."""
+    if keep:
+        for old in [path for path in found(run_dir) if _step(path) <= step][keep:]:
+            _remove(old)
 
 
 def found(run_dir: Path) -> list[Path]:
@@ -229,7 +244,26 @@ def load(folder: Path) -> Checkpoint:
 
     Raises:
         ConfigError: a file is missing, truncated or altered (which, and how it differs).
+    Cost: reads every file once to hash it; the only time that it is verified.
     """
+    _verify(folder)
+    description = read_json(folder / DESCRIPTION)
+    if description.get("format") != FORMAT:
+        raise ConfigError(
+            f"{folder}: checkpoint format {description.get('format')}; this version reads {FORMAT}"
+        )
+    wanted_keys = {"config", "step", "position", "tokens", "extra"}
+    if missing := sorted(wanted_keys - description.keys()):
+        raise ConfigError(f"{folder / DESCRIPTION}: altered ({', '.join(missing)} missing)")
+    return Checkpoint(
+        folder=folder,
+        config_dict=description["config"],
+        progress=Progress(description["step"], description["position"], description["tokens"]),
+        extra=description["extra"],
+    )
+
+
+def _verify(folder: Path) -> None:
     sums = read_json(folder / CHECKSUMS)
     for name, wanted in sums.items():
         if not isinstance(wanted, dict) or {"bytes", "sha256"} - wanted.keys():
@@ -244,20 +278,6 @@ def load(folder: Path) -> Checkpoint:
     for name in (WEIGHTS, STATE, DESCRIPTION):
         if name not in sums:
             raise ConfigError(f"{folder / CHECKSUMS}: does not speak of {name}")
-    description = read_json(folder / DESCRIPTION)
-    if description.get("format") != FORMAT:
-        raise ConfigError(
-            f"{folder}: checkpoint format {description.get('format')}; this version reads {FORMAT}"
-        )
-    wanted_keys = {"config", "step", "position", "tokens", "extra"}
-    if missing := sorted(wanted_keys - description.keys()):
-        raise ConfigError(f"{folder / DESCRIPTION}: altered ({', '.join(missing)} missing)")
-    return Checkpoint(
-        folder=folder,
-        config=from_dict(description["config"]),
-        progress=Progress(description["step"], description["position"], description["tokens"]),
-        extra=description["extra"],
-    )
 
 
 def _step(folder: Path) -> int:

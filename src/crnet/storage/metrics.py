@@ -1,4 +1,4 @@
-"""metrics.jsonl, its optional TensorBoard copy, and the picture of the loss.
+"""metrics.jsonl and its optional TensorBoard copy.
 
 A row is one JSON object: a training row has ``step``, ``tokens``, ``loss``, ``lr``, ``grad_norm``
 and ``tokens_per_s``; an evaluation row has ``step``, ``val_loss``, ``val_perplexity`` and

@@ -2,6 +2,9 @@
 
 ``Y_l = gain Y_{l-1} + (X_l A) B``, ``gain = sign(beta) (|beta| + eps)`` (arXiv:2509.18993, eq. 6).
 The first block is full rank (table 6 measures the cost of making it low rank too).
+
+ResFormer, the rival in the paper's own ablation (figure 6), reads the output of the first block
+instead of the block below.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from crnet.linears import Group, Slot
+from crnet.linears import Parameterization
+from crnet.linears._declarations import above_zero, dense, dense_work, factors, factors_work
+from crnet.specs import Read, Slot, TensorSpec, Work, constant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +24,7 @@ class CRNetOptions:
     first_rank: int | None = None
     """Rank of the first block's maps; none: full rank, as the paper has it (table 6)."""
     beta_init: float = 1.0
-    """Initial beta: how much of the block below a map starts with."""
+    """Initial beta: how much of the earlier block a map starts with."""
     learnable_beta: bool = True
     """Train beta; otherwise it stays at its initial value."""
     init: Literal["balanced", "zero-b", "spectral"] = "balanced"
@@ -32,11 +37,21 @@ class CRNetOptions:
     """Learning rate of beta over the base rate."""
 
 
-class CRNet:
+@dataclass(frozen=True, kw_only=True)
+class ResFormerOptions(CRNetOptions):
+    """ResFormer."""
+
+
+class CRNet(Parameterization):
     name = "crnet"
     summary = "output of the block below plus a low-rank increment (eq. 6)"
-    carry = "below"
-    first_ranked_layer_idx = 1
+    Options: type | None = CRNetOptions
+    source: Literal["below", "first"] = "below"
+    examples: tuple = (
+        CRNetOptions(first_rank=3, carry_dtype="fp32"),
+        CRNetOptions(learnable_beta=False, beta_init=0.5, init="spectral"),
+        CRNetOptions(init="zero-b"),
+    )
     published_ranks = {  # table 10; llama3-1b: appendix E.3; 70B: r = 0.25 h, appendix G
         "aligned-parameters": {
             (512, 8): "96x3,112x4",
@@ -56,64 +71,88 @@ class CRNet:
         },
     }
 
-    def rank_below(self, options: CRNetOptions) -> int:
-        return options.first_rank or 0
+    def fixed_rank(self, layer_idx: int, options: CRNetOptions) -> int | None:
+        return None if layer_idx else options.first_rank or 0
 
-    def problems(self, options: CRNetOptions) -> list[str]:
-        found = []
+    def problems(self, options: CRNetOptions, slots) -> list[str]:
+        rates = {"lr_factor": options.lr_factor, "beta_lr_factor": options.beta_lr_factor}
+        found = above_zero(self.name, **rates)
         if options.first_rank is not None and options.first_rank < 1:
             found.append(
-                f"--model.crnet.first-rank is {options.first_rank}; take 1 or more, "
+                f"--model.{self.name}.first-rank is {options.first_rank}; take 1 or more, "
                 "or leave it out for a full-rank first block"
             )
-        for key in ("lr_factor", "beta_lr_factor"):
-            if getattr(options, key) <= 0:
-                flag = f"--model.crnet.{key.replace('_', '-')}"
-                found.append(f"{flag} is {getattr(options, key)}; it must be above zero")
+        if options.first_rank is not None and options.init == "zero-b":
+            found.append(
+                f"--model.{self.name}.init zero-b with a first rank leaves every map of a block at "
+                "zero, where no gradient passes; take balanced or spectral, or a full-rank first "
+                "block"
+            )
         if not options.learnable_beta and options.beta_init == 0:
             found.append(
-                "--model.crnet.beta-init 0 with a fixed beta is plain low rank; "
-                "say --model.linear lowrank, or take another beta"
+                f"--model.{self.name}.beta-init 0 with a fixed beta is plain low rank; "
+                "take that parameterization, or another beta"
             )
         return found
 
-    def shapes(self, slot: Slot) -> dict[str, tuple[int, ...]]:
+    def tensors(self, slot: Slot, options: CRNetOptions) -> dict[str, TensorSpec]:
         if not slot.rank:
-            return {"weight": (slot.out_size, slot.in_size)}
-        factors = {"A": (slot.in_size, slot.rank), "B": (slot.rank, slot.out_size)}
-        return factors | ({"beta": (1,)} if slot.layer_idx else {})
+            return dense(slot)
+        pair = factors(slot, options.init, options.lr_factor)
+        if not slot.layer_idx:
+            return pair
+        beta = TensorSpec(
+            (1,),
+            "gain",
+            constant(options.beta_init),
+            trained=options.learnable_beta,
+            lr_factor=options.beta_lr_factor,
+            decays=False,
+        )
+        return pair | {"beta": beta}
 
-    def matrix_items(self, slot: Slot) -> int:
+    def work(self, slot: Slot, options: CRNetOptions, rows: int, item_bytes: int) -> Work:
         if not slot.rank:
-            return slot.in_size * slot.out_size
-        return slot.rank * (slot.in_size + slot.out_size)
+            return dense_work(slot, rows)
+        gain = self.output_bytes(slot, options, item_bytes) if slot.layer_idx else 0
+        return factors_work(slot, rows, item_bytes, gain)
 
-    def bottleneck(self, slot: Slot) -> int:
-        return slot.rank
+    def reads(self, slot: Slot, options: CRNetOptions) -> Read | None:
+        if not slot.layer_idx:
+            return None
+        return Read(
+            self.source,
+            slot.out_size,
+            item_bytes=4 if options.carry_dtype == "fp32" else None,
+            inverts=self.source == "below",
+            initial_gain=options.beta_init,
+        )
 
-    def carry_bytes(self, options: CRNetOptions, compute_bytes: int) -> int:
-        return 4 if options.carry_dtype == "fp32" else compute_bytes
+    def output_bytes(self, slot: Slot, options: CRNetOptions, item_bytes: int) -> int:
+        return 4 if options.carry_dtype == "fp32" and slot.layer_idx else item_bytes
 
-    def initial_gain(self, options: CRNetOptions) -> float:
-        return options.beta_init
+    def initial_value(self, name, slot, options, generator):
+        from crnet.linears._maps import spectral_factor
 
-    def groups(self, slot: Slot, options: CRNetOptions) -> dict[str, Group]:
+        sizes = (slot.in_size, slot.rank, slot.out_size)
+        return spectral_factor(name, *sizes, slot.init_std, generator("dense"))
+
+    def make(self, slot: Slot, options: CRNetOptions):
+        from crnet.linears._maps import DenseMap, LowRankMap
+        from crnet.linears.crnet.module import CRNetMap
+
+        tensors = self.tensors(slot, options)
         if not slot.rank:
-            return {"weight": Group()}
-        factors = {name: Group(lr_factor=options.lr_factor) for name in ("A", "B")}
-        beta = {"beta": Group(lr_factor=options.beta_lr_factor, decays=False)}
-        return factors | (beta if slot.layer_idx and options.learnable_beta else {})
-
-    def make(self, slot: Slot, options: CRNetOptions, init_std: float):
-        from crnet.linears.crnet.module import CRNetLinear
-        from crnet.linears.full.module import FullLinear
-        from crnet.linears.lowrank.module import LowRankLinear
-
-        if not slot.rank:
-            return FullLinear(slot, init_std)
-        if slot.layer_idx == 0:
-            return LowRankLinear(slot, options.init, init_std)
-        return CRNetLinear(slot, options, init_std)
+            return DenseMap(tensors)
+        return CRNetMap(tensors, options.carry_dtype) if slot.layer_idx else LowRankMap(tensors)
 
 
-METHODS = [CRNet()]
+class ResFormer(CRNet):
+    name = "resformer"
+    summary = "output of the first block plus a low-rank increment (figure 6's rival)"
+    Options = ResFormerOptions
+    source = "first"
+    examples = (ResFormerOptions(first_rank=3, carry_dtype="fp32", learnable_beta=False),)
+
+
+METHODS = [CRNet(), ResFormer()]

@@ -1,0 +1,128 @@
+"""The command line: words -> RunConfig -> one function.
+
+Plugins are loaded first: the configuration's classes, and with them the flags, are made from the
+methods that are known when they are first imported. Then the module of the command is imported, and
+nothing heavy before the command needs it.
+
+Bad input ends with one message per problem on stderr and exit code 2; training that became
+non-finite with exit code 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import cyclopts
+
+import crnet
+from crnet.cli.arguments import Command
+from crnet.errors import ConfigError, TrainingError
+from crnet.registry import load_plugins
+
+COMMANDS = {
+    "train": "train",
+    "cost": "cost",
+    "profile": "profile",
+    "plan": "plan",
+    "prepare": "prepare",
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "list": "listing",
+    "demo": "demo",
+    "paper": "paper",
+    "check-plugin": "check_plugin",
+}
+"""Name of each command -> its module in this folder."""
+
+HELP = {"--help", "-h"}
+
+
+def build_app(only: str | None = None) -> cyclopts.App:
+    """The command line with every command, or with one: then only its module is imported."""
+    app = cyclopts.App(
+        name="crnet",
+        help="Pre-train language models with cross-layer low-rank structure (CR-Net).",
+        help_epilogue="With every command: --plugins FILE.py adds methods of your own; repeatable.",
+        help_flags=sorted(HELP),
+        version=crnet.__version__,
+    )
+    for name in COMMANDS if only is None else (only,):
+        app.command(command(name).function, name=name)
+    return app
+
+
+def command(name: str) -> Command:
+    """What the module of a command declares."""
+    return importlib.import_module(f"crnet.cli.{COMMANDS[name]}").COMMAND
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; ends with exit code 0, 1 (training failed), 2 (bad input) or 130."""
+    warnings.showwarning = _show_warning
+    try:
+        words, files = take_plugins(sys.argv[1:] if argv is None else argv)
+        load_plugins(files)
+        app_for(words)(words)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"crnet: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader has seen enough (crnet list | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("crnet: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except TrainingError as error:
+        print(f"crnet: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def take_plugins(words: list[str]) -> tuple[list[str], list[Path]]:
+    """The words without ``--plugins FILE`` and ``--plugins=FILE``, and the files.
+
+    Raises:
+        ConfigError: no file follows.
+    """
+    kept: list[str] = []
+    files: list[Path] = []
+    left = iter(words)
+    for word in left:
+        flag, equals, value = word.partition("=")
+        if word == "--":
+            return [*kept, word, *left], files
+        if flag != "--plugins":
+            kept.append(word)
+            continue
+        file = value if equals else next(left, "")
+        if not file or file.startswith("-"):
+            raise ConfigError("--plugins names no file; say --plugins my_methods.py")
+        files.append(Path(file))
+    return kept, files
+
+
+def app_for(words: list[str]) -> cyclopts.App:
+    """The command line for these words: their command, with its presets and files behind it.
+
+    Raises:
+        ConfigError: a preset, a file, a run or a checkpoint that they name cannot be used.
+    """
+    name = words[0] if words and words[0] in COMMANDS else None
+    app = build_app(name)
+    if name is not None and (layers := command(name).layers) and not HELP & set(words):
+        from crnet.cli import layering
+
+        layering.refuse_sections(words)
+        _, bound, _ = app.parse_args(words)
+        behind = layering.behind(layers, bound.arguments)
+        # Under the command's name: cyclopts drops a section that is named like a command (train).
+        app.config = tuple(cyclopts.config.Dict({name: v}, source=at) for at, v in behind)
+    return app
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"crnet: warning: {message}", file=sys.stderr)

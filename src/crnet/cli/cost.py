@@ -1,0 +1,57 @@
+"""``crnet cost``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset
+from crnet.cli.layering import DEFAULTS, Settings
+from crnet.config.check import check
+from crnet.errors import ConfigError
+
+
+def cost(
+    preset: Preset = DEFAULT_PRESET,
+    /,
+    *,
+    device: str | None = None,
+    ranks: int = 1,
+    plot: Path | None = None,
+    config: ConfigFiles = (),
+    as_json: Json = False,
+    settings: Settings = DEFAULTS,
+) -> None:
+    """Predict what a run takes: parameters, memory, FLOPs, communication, time. Nothing is run.
+
+    Parameters
+    ----------
+    device
+        Also the time of a step on a100-40g, a100-80g, h100, h200, cpu or FLOPS,GBPS (roofline).
+    ranks
+        Also the communication between so many devices.
+    plot
+        Draw memory and FLOPs of the parameterizations side by side, into PLOT.png and PLOT.svg.
+    """
+    from crnet.cost import hardware, table
+    from crnet.cost.workload import workload
+
+    if ranks < 1:
+        raise ConfigError(f"--ranks is {ranks}; it must be 1 or more")
+    run_config = settings.of(preset)
+    check(run_config)
+    work, on = workload(run_config), hardware.device(device) if device else None
+    rows, titles = table.cost_rows(work, on, ranks), table.titles(work, on, ranks)
+    if as_json:
+        print(json.dumps({"rows": [vars(row) for row in rows], "titles": titles}, indent=1))
+    else:
+        print(table.render(rows, titles))
+    if plot is not None:
+        from crnet.report import cost_plot
+
+        for file in cost_plot.plot(run_config, plot):
+            print(f"picture {file}", file=sys.stderr)
+
+
+COMMAND = Command(cost, layers="run")

@@ -1,0 +1,48 @@
+"""``crnet demo``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from crnet.cli.arguments import DEFAULT_PRESET, Command, Json, Switch
+from crnet.cli.layering import new_run
+from crnet.config import presets
+from crnet.config.serialize import override
+
+
+def demo(
+    *,
+    out: Path | None = None,
+    steps: int | None = None,
+    quick: Switch = False,
+    as_json: Json = False,
+) -> None:
+    """Train CR-Net and full rank side by side on this machine's own text; a few minutes.
+
+    Parameters
+    ----------
+    out
+        Folder of the two runs; none: a new one under crnet-runs.
+    steps
+        Steps of each run.
+    quick
+        A smaller model for some seconds: does everything work?
+    """
+    from crnet.compare import demo as demonstration
+
+    config = presets.get(DEFAULT_PRESET)
+    config = demonstration.quick(config) if quick else config
+    config = override(config, train={"steps": steps}) if steps is not None else config
+    figures = demonstration.run(config, out or new_run("demo"))
+    if as_json:
+        print(json.dumps(figures, indent=1))
+        return
+    print(demonstration.table(figures))
+    print(f"\nloss curves  {figures['picture']}")
+    for linear, row in figures["rows"].items():
+        print(f"{linear:12} run {row['run']}, checkpoint {row['checkpoint']}")
+    print(f"\nCR-Net continues {figures['prompt']!r}:\n{figures['prompt']}{figures['sample']}")
+
+
+COMMAND = Command(demo)

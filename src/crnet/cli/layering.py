@@ -1,0 +1,187 @@
+"""What a command's settings are when the command line does not give them.
+
+Values come, in this order of precedence, from the command line, from ``--config`` files (a later
+file wins), and from the preset (or, with ``--resume``, from the run itself).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from crnet.cli.arguments import DEFAULT_PRESET
+from crnet.config import presets
+from crnet.config.sections import (
+    SECTIONS,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from crnet.config.serialize import from_dict, read_json, to_dict
+from crnet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from crnet.storage.checkpoint import Checkpoint
+
+RUNS = Path("crnet-runs")
+"""Where runs go that were given no ``--out``."""
+
+Layer = tuple[str, dict[str, Any]]
+"""Where values come from, and the values by section."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sections:
+    """The sections of a run's configuration, each a group of flags."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+    def of(self, preset: str) -> RunConfig:
+        """The configuration of a run that starts from a preset."""
+        return RunConfig(preset=preset, **{name: getattr(self, name) for name in SECTIONS})
+
+
+Settings = Annotated[Sections, Parameter(name="*")]
+DEFAULTS = Sections()
+
+
+def refuse_sections(words: Sequence[str]) -> None:
+    """Raise ``ConfigError`` for a section that is given a value, as in ``--train 5``."""
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag in [f"--{section}" for section in SECTIONS]:
+            raise ConfigError(f"{flag} is a section; name one of its keys, as {flag}.KEY VALUE")
+
+
+def behind(
+    layers: Literal["run", "data", "checkpoint"], arguments: Mapping[str, Any]
+) -> list[Layer]:
+    """What stands behind the command line, the strongest first.
+
+    Args:
+        layers: what the command declares (``arguments.Command``).
+        arguments: those of the command line alone.
+    Raises:
+        ConfigError: a file, a preset, a run or a checkpoint cannot be used.
+    """
+    open_checkpoint.cache_clear()
+    found = [(str(path), read_config_file(path)) for path in reversed(arguments.get("config", ()))]
+    if layers == "run":
+        found.append(("preset", _run_values(arguments)))
+    elif layers == "checkpoint" and "checkpoint" in arguments:
+        data = to_dict(open_checkpoint(arguments["checkpoint"]).config.data)
+        found.append(("checkpoint", {"data": data}))
+    return found
+
+
+def _run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the run that goes on, else of the preset."""
+    if not arguments.get("resume"):
+        values = to_dict(presets.get(arguments.get("preset") or DEFAULT_PRESET))
+    elif config := begun_config(arguments.get("out") or newest_run()):
+        values = to_dict(config)
+        values["model"].pop("vocab_size")  # resolved again, from the same tokenizer
+    else:
+        return {}
+    values.pop("preset")
+    return values
+
+
+@functools.cache
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint, or the newest whole one of a run folder; once a command line.
+
+    It is wanted for its settings and for its weights, and each proof that it is whole reads it all.
+    """
+    from crnet.storage.checkpoint import resolve
+
+    return resolve(path)
+
+
+def begun_config(run_dir: Path) -> RunConfig | None:
+    """The configuration of a run that was begun in a folder; None where none was.
+
+    Raises:
+        ConfigError: its ``run.json`` cannot be used.
+    """
+    path = run_dir / "run.json"
+    if not os.path.exists(path):
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest.get("config"), dict):
+        raise ConfigError(f"{path}: altered (it holds no configuration); start a new run")
+    return from_dict(manifest["config"])
+
+
+def newest_run() -> Path:
+    """The run under ``RUNS`` that was begun last. Raises ``ConfigError`` if there is none."""
+    begun = sorted(RUNS.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    if not begun:
+        raise ConfigError(f"--resume: there is no run under {RUNS}; name one with --out")
+    return begun[-1].parent
+
+
+def new_run(name: str) -> Path:
+    """A free run folder under ``RUNS``; it is not made. Raises ``ConfigError`` if none is free."""
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1000):
+        folder = RUNS / (f"{stem}-{number}" if number else stem)
+        if not folder.exists():
+            return folder
+    raise ConfigError(f"{RUNS}: no free name for a new run; give --out")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a YAML, TOML or JSON file of settings, by its ending.
+
+    Raises:
+        ConfigError: missing, of another kind, or not well-formed (with the place, where known).
+    """
+    import yaml
+
+    try:
+        values = _parse(path, path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: is not UTF-8 text ({error})") from error
+    except ConfigError:
+        raise
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {path}: is not well-formed ({reason})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: holds no sections; wanted model, data, ... with keys")
+    if flat := [key for key in SECTIONS if not isinstance(values.get(key, {}), dict)]:
+        raise ConfigError(
+            f"--config {path}: {key} is {values[key]!r}; it must be a section of keys, "
+            "such as model: {rank: 96}"
+            for key in flat
+        )
+    return values
+
+
+def _parse(path: Path, text: str) -> Any:
+    import yaml
+
+    if path.suffix in (".yaml", ".yml"):
+        return yaml.safe_load(text)
+    if path.suffix == ".toml":
+        return tomllib.loads(text)
+    if path.suffix == ".json":
+        return json.loads(text)
+    raise ConfigError(f"--config {path}: end its name in .yaml, .toml or .json")

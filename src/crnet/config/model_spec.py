@@ -1,0 +1,152 @@
+"""What follows from a model's configuration, worked out once.
+
+Nothing below takes the configuration apart again: cost, the model, optimizers and checkpoints read
+a ``ModelSpec``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from crnet import architectures, linears, streams
+from crnet.architectures import Architecture
+from crnet.config.sections import ModelConfig, options_of
+from crnet.linears import Parameterization
+from crnet.specs import Position, Read, Shape, Slot, TensorSpec, constant, normal
+from crnet.streams import Stream
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model: its sizes, its methods with their options, every slot and every tensor."""
+
+    config: ModelConfig
+    """With a vocabulary size."""
+    shape: Shape
+    architecture: Architecture
+    linear: Parameterization
+    stream: Stream
+    positions: tuple[Position, ...]
+    slots: tuple[tuple[Slot, ...], ...]
+    """Block by block, in the order of ``positions``."""
+
+    @property
+    def architecture_options(self) -> Any:
+        return options_of(self.config, self.architecture.name)
+
+    @property
+    def linear_options(self) -> Any:
+        return options_of(self.config, self.linear.name)
+
+    @property
+    def stream_options(self) -> Any:
+        return options_of(self.config, self.stream.name)
+
+    @property
+    def num_layers(self) -> int:
+        return self.shape.num_layers
+
+    @property
+    def num_sublayers(self) -> int:
+        return self.num_layers * len(self.architecture.writes)
+
+    @cached_property
+    def _position_of(self) -> Mapping[str, Position]:
+        return {position.name: position for position in self.positions}
+
+    @cached_property
+    def keeps_activation(self) -> bool:
+        """Whether the feed-forward keeps the architecture's activation."""
+        return self.linear.keeps_activation(self.shape, self.linear_options)
+
+    @cached_property
+    def reads(self) -> tuple[Mapping[str, Read], ...]:
+        """Of each block: what its positions read of earlier blocks."""
+        options = self.linear_options
+        found = []
+        for block in self.slots:
+            each = {slot.position: self.linear.reads(slot, options) for slot in block}
+            found.append({name: read for name, read in each.items() if read is not None})
+        return tuple(found)
+
+    @cached_property
+    def hands(self) -> tuple[tuple[str, ...], ...]:
+        """Of each block: positions whose hand-on a later block reads."""
+        first = {name for block in self.reads for name, it in block.items() if it.source == "first"}
+        found = []
+        for idx in range(self.num_layers):
+            above = self.reads[idx + 1] if idx + 1 < self.num_layers else {}
+            wanted = {name for name, read in above.items() if read.source == "below"}
+            wanted |= first if idx == 0 else set()
+            found.append(tuple(each.name for each in self.positions if each.name in wanted))
+        return tuple(found)
+
+    def map_tensors(self, slot: Slot) -> dict[str, TensorSpec]:
+        """The parameters of a slot's map, the bias of its position among them."""
+        tensors = self.linear.tensors(slot, self.linear_options)
+        if self._position_of[slot.position].has_bias:
+            bias = TensorSpec((slot.out_size,), "bias", constant(0.0), decays=False)
+            tensors = tensors | {"bias": bias}
+        return tensors
+
+    def map_name(self, slot: Slot) -> str:
+        """Full name of a slot's map in the model."""
+        return f"model.layers.{slot.layer_idx}.{self._position_of[slot.position].module}"
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Every parameter of the model by its full name: the one list of tensors."""
+        shape = self.shape
+        found = dict(self.architecture.tensors(shape, self.architecture_options))
+        for block in self.slots:
+            for slot in block:
+                for name, spec in self.map_tensors(slot).items():
+                    found[f"{self.map_name(slot)}.{name}"] = spec
+        for idx in range(self.num_sublayers + 1):
+            block, sublayer = divmod(idx, len(self.architecture.writes))
+            is_last = idx == self.num_sublayers
+            owner = "last_read" if is_last else f"layers.{block}.streams.{sublayer}"
+            around = self.stream.tensors(idx, self.num_sublayers, shape, self.stream_options)
+            found |= {f"model.{owner}.{name}": spec for name, spec in around.items()}
+        if not shape.tie_embeddings:
+            size = (shape.vocab_size, shape.hidden_size)
+            found["lm_head.weight"] = TensorSpec(size, "head", normal(shape.init_std))
+        return found
+
+
+def shape_of(config: ModelConfig) -> Shape:
+    """The sizes of a configuration; ``config.vocab_size`` is known."""
+    assert config.vocab_size, "the vocabulary size is resolved before a model is described"
+    tied = architectures.get(config.architecture).ties_embeddings
+    return Shape(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads or config.num_heads,
+        vocab_size=config.vocab_size,
+        rope_theta=config.rope_theta,
+        norm_eps=config.norm_eps,
+        init_std=config.init_std,
+        tie_embeddings=tied if config.tie_embeddings is None else config.tie_embeddings,
+    )
+
+
+def model_spec(config: ModelConfig) -> ModelSpec:
+    """Work out what a configuration means; ``config.vocab_size`` is known.
+
+    Raises:
+        ValueError: a method is unknown, or ``config.rank`` cannot be read.
+    """
+    shape = shape_of(config)
+    architecture = architectures.get(config.architecture)
+    linear = linears.get(config.linear)
+    positions = architecture.positions(shape, options_of(config, architecture.name))
+    slots = linears.make_slots(
+        linear, options_of(config, linear.name), shape, positions, config.rank
+    )
+    stream = streams.get(config.stream)
+    return ModelSpec(config, shape, architecture, linear, stream, positions, slots)

@@ -1,0 +1,4 @@
+"""Units."""
+
+GIB = 2**30
+"""Bytes of a GiB."""

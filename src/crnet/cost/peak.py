@@ -1,0 +1,141 @@
+"""A model of the backward pass: the most bytes of activations and gradients alive at once.
+
+A few percent off what is measured (tests/test_cost.py states how far).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from crnet.cost.kept import kept_bytes, kept_outputs
+from crnet.cost.micro_batch import BlockBytes, MicroBatch
+from crnet.kernels.loss_chunks import LOSS_CHUNK_ITEMS
+from crnet.recompute.plan import Added, RecomputePlan, segments
+
+
+def peak_bytes(micro_batch: MicroBatch, plan: RecomputePlan, added: Added | None = None) -> int:
+    """Most bytes of activations and their gradients alive at once in a micro-batch.
+
+    The head's weight gradient is counted, those of other parameters are not. Two moments can be the
+    fullest. In the loss everything kept is there, and the head's gradients twice (summed chunk by
+    chunk, then scaled). And in the backward pass of a block: see ``gradients``.
+
+    ``added``: as in ``kept.kept_bytes``.
+    """
+    kept = kept_outputs(micro_batch, plan, added)
+    total = sum(kept_bytes(micro_batch, plan, added).values())
+    # A tied head's gradient waits for the embedding's.
+    shape = micro_batch.spec.shape
+    tied = 4 * shape.vocab_size * shape.hidden_size if shape.tie_embeddings else 0
+    backward = (
+        8 * micro_batch.rows
+        + tied
+        + max(
+            _alive(micro_batch, plan, kept, idx) + gradients(micro_batch, plan, block)
+            for idx, block in enumerate(micro_batch.blocks)
+        )
+    )
+    return max(total + loss_bytes(micro_batch), backward)
+
+
+def loss_bytes(micro_batch: MicroBatch) -> int:
+    """What the loss needs for a moment, beyond the two gradients that it keeps."""
+    shape, e = micro_batch.spec.shape, micro_batch.compute_bytes
+    hidden, vocab_size, rows = shape.hidden_size, shape.vocab_size, micro_batch.rows
+    backward = rows * hidden * e + vocab_size * hidden * 4
+    if micro_batch.precision == "fp32" and rows >= hidden and vocab_size > hidden:
+        return backward  # torch's own loss, whose chunks are small (kernels.loss)
+    # A chunk's logits and probabilities in fp32, their slope in bf16, its share of the gradient.
+    chunk = min(rows, max(1, LOSS_CHUNK_ITEMS // vocab_size)) * vocab_size
+    chunk *= 4 + 4 + (e if e < 4 else 0)
+    casts = 2 * vocab_size * hidden if micro_batch.is_mixed else 0
+    return max(backward, chunk + vocab_size * hidden * e + casts)
+
+
+def gradients(micro_batch: MicroBatch, plan: RecomputePlan, block: BlockBytes) -> int:
+    """While a block goes backward, beyond what is kept and rebuilt: the fullest moment."""
+    last = block.writes[-1]
+    handed = {
+        name: block.handed_bytes(name, readers[0])
+        for name, readers in block.readers.items()
+        if readers and readers[0].source == "below"
+    }
+    arriving = sum(size for name, size in handed.items() if name != last)
+    leaving = block.outputs[last] if block.reads_output else 0
+    inside, freed = block.inside, 0
+    activated = inside.input_bytes[block.inputs[last]]
+    if block.works[last].keeps_input:
+        freed += activated
+    freed += block.bottlenecks[last]
+    # The backward of the activation; that of the last map has freed its input and bottleneck.
+    moments = [arriving + leaving + inside.activation_bytes - freed]
+    for name, work in block.works.items():
+        wide = inside.input_bytes[block.inputs[name]]
+        weights = block.weight_gradients[name]
+        cast = block.outputs[name] if micro_batch.is_mixed and name in block.writes else 0
+        moments.append(arriving + wide + cast + max(work.transient_bytes, weights))
+    if plan.policy != "none":
+        # The end of the second run, where all outputs are still there; under block, those read.
+        names = block.outputs
+        there = [name for name in names if plan.policy != "block" or block.is_read(name)]
+        ending = arriving + handed.get(last, 0) + sum(block.outputs[name] for name in there)
+        ending += block.outputs[last] if last in block.biased else 0
+        shared = sum(
+            block.outputs[name]
+            for name in inside.kept_outputs
+            if name in there and block.items[name] == block.compute_bytes
+        )
+        moments.append(ending - shared)
+    # Of the first block's hand-on, gradients wait from the block under the topmost on.
+    is_between = 0 < block.idx < micro_batch.spec.num_layers - 1
+    waiting = micro_batch.first_gradients if is_between else 0
+    waiting += max(work.gradient_bytes for work in block.streams)
+    return micro_batch.stream_size + waiting + max(moments)
+
+
+def _alive(micro_batch: MicroBatch, plan: RecomputePlan, kept: Sequence[int], idx: int) -> int:
+    """Bytes kept and rebuilt while block ``idx`` goes backward."""
+    blocks, block, size = micro_batch.blocks, micro_batch.blocks[idx], micro_batch.stream_size
+    sublayers = len(block.streams)
+    embedding = size if block.streams[0].keeps_writes else 0
+    if plan.policy == "none":
+        return embedding + sum(
+            kept[at]
+            + sublayers * size
+            + each.casts
+            + each.kept_inside
+            + each.kept_by_streams
+            + each.kept_by_maps
+            for at, each in enumerate(blocks[: idx + 1])
+        )
+    if plan.policy == "block":
+        # Of the block itself: its inside, run again, and the stream between its sublayers.
+        alive = block.kept_inside + block.kept_by_streams + block.kept_by_maps
+        alive += (sublayers - 1) * size + block.consumed + block.casts
+        streams = embedding + size if embedding else (idx + 1) * size
+        carried = sum(each.carried_bottlenecks for each in blocks[:idx])
+        return alive + streams + carried + sum(kept[:idx])
+    if plan.policy == "invert":
+        below = sum(blocks[idx - 1].outputs.values()) if idx else 0
+        return (
+            alive_above(micro_batch, plan, idx, idx)
+            + idx * size
+            + below
+            + sum(kept[: max(idx - 1, 0)])
+        )
+    parts = segments(plan, len(blocks))
+    bottom = next(bottom for bottom, top in parts if bottom <= idx < top)
+    below = sum(size for first, _ in parts if first < bottom) + sum(kept[:bottom])
+    return alive_above(micro_batch, plan, bottom, idx) + below
+
+
+def alive_above(micro_batch: MicroBatch, plan: RecomputePlan, bottom: int, idx: int) -> int:
+    """Of a segment rebuilt from ``bottom`` up, all bottlenecks below included, while block ``idx``
+    goes backward; without the streams and outputs kept below it."""
+    block, below, size = micro_batch.blocks[idx], micro_batch.below, micro_batch.stream_size
+    alive = block.kept_inside + block.consumed + (len(block.streams) - 1) * size
+    alive += block.casts + below["bottlenecks"][idx + 1]
+    if plan.keep_attention:
+        alive += idx * block.inside.attention_bytes
+    alive += (idx + 1 - bottom) * size
+    return alive + below["outputs"][idx] - below["outputs"][bottom]

@@ -1,0 +1,39 @@
+"""FLOPs and memory of a whole optimizer step."""
+
+from __future__ import annotations
+
+from crnet.cost.flops import block_flops
+from crnet.cost.peak import peak_bytes
+from crnet.cost.workload import Workload
+from crnet.recompute.plan import RecomputePlan
+
+
+def step_flops(work: Workload, plan: RecomputePlan) -> dict[str, int]:
+    """FLOPs of one optimizer step, all micro-batches: products, 2 a multiply-add.
+
+    ``attention`` is a part of the blocks and counts every pair of tokens, as torch's counter does
+    and the paper's eq. 10; ``attention if causal`` is what a kernel that skips masked pairs needs.
+    """
+    micro_batch, shape = work.micro_batch, work.spec.shape
+    counts = block_flops(micro_batch, plan)
+    blocks = {key: work.num_micro_batches * count for key, count in counts.items()}
+    rows = work.num_micro_batches * micro_batch.rows
+    head = 2 * rows * shape.hidden_size * shape.vocab_size
+    pairs = 4 * rows * shape.hidden_size * shape.num_layers  # per token attended to, forward
+    parts = {
+        "blocks forward": blocks["forward"],
+        "blocks backward": blocks["backward"],
+        "recomputation": blocks["recompute"],
+        "head forward": head,
+        "head backward": 2 * head,
+    }
+    return parts | {
+        "total": sum(parts.values()),
+        "attention": 3 * pairs * micro_batch.length,
+        "attention if causal": 3 * pairs * (micro_batch.length + 1) // 2,
+    }
+
+
+def step_memory(work: Workload) -> int:
+    """Weights, gradients, optimizer state, and the most that activations take beside them."""
+    return sum(work.state_bytes.values()) + peak_bytes(work.micro_batch, work.plan)

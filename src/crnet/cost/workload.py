@@ -1,0 +1,147 @@
+"""What a run asks of a machine, worked out once from its configuration.
+
+Below this file nobody takes a ``RunConfig``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+from crnet import architectures, optimizers
+from crnet.config.check import check
+from crnet.config.model_spec import ModelSpec, model_spec, shape_of
+from crnet.config.sections import OptimizerConfig, RunConfig, choose, options_of
+from crnet.cost.micro_batch import MicroBatch, Precision
+from crnet.cost.plan_choice import plan_of
+from crnet.errors import ConfigError
+from crnet.recompute.plan import RecomputePlan
+from crnet.specs import TensorSpec
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run's model, micro-batch, optimizer and recomputation."""
+
+    name: str
+    """Of the preset."""
+    spec: ModelSpec
+    micro_batch: MicroBatch
+    num_micro_batches: int
+    """In one optimizer step."""
+    optimizer: OptimizerConfig
+    plan: RecomputePlan
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of an item of the weights."""
+        return weight_bytes(self.micro_batch.precision)
+
+    def num_parameters(self) -> int:
+        """Items of every tensor."""
+        return sum(tensor.num_items for tensor in self.spec.tensors.values())
+
+    @cached_property
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of ``weights``, ``gradients`` and ``optimizer state`` between two steps."""
+        return state_bytes(self.spec.tensors.values(), self.optimizer, self.weight_bytes)
+
+
+def weight_bytes(precision: Precision) -> int:
+    """Of an item of the weights."""
+    return 2 if precision == "bf16" else 4
+
+
+def state_bytes(
+    tensors: Collection[TensorSpec], optimizer: OptimizerConfig, weight_bytes: int
+) -> dict[str, int]:
+    """Bytes of ``weights``, ``gradients`` and ``optimizer state`` of these tensors."""
+    method = optimizers.get(optimizer.name)
+    options = options_of(optimizer, method.name)
+    sizes = [(tensor, tensor.item_bytes(weight_bytes)) for tensor in tensors]
+    trained = [(tensor, size) for tensor, size in sizes if tensor.trained]
+    return {
+        "weights": sum(tensor.num_items * size for tensor, size in sizes),
+        "gradients": sum(tensor.num_items * size for tensor, size in trained),
+        "optimizer state": sum(
+            method.state_bytes(tensor, options, size) for tensor, size in trained
+        ),
+    }
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The configuration with a vocabulary size: the model's, or the one its tokenizer will have."""
+    size = config.model.vocab_size or config.data.vocab_size
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def workload(config: RunConfig) -> Workload:
+    """Work out a run; an unknown vocabulary size is taken to be the tokenizer's to be.
+
+    Raises:
+        ConfigError: unreadable ranks, or no policy fits ``train.activation_budget_gib``.
+    """
+    config = resolved(config)
+    try:
+        spec = model_spec(config.model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    micro_batch = micro_batch_of(config, spec)
+    return Workload(
+        config.preset,
+        spec,
+        micro_batch,
+        config.train.batch_size // micro_batch.sequences,
+        config.optimizer,
+        plan_of(micro_batch, config.train),
+    )
+
+
+def micro_batch_of(config: RunConfig, spec: ModelSpec) -> MicroBatch:
+    """The micro-batch of a run on a model."""
+    train = config.train
+    sequences = train.micro_batch_size or train.batch_size
+    return MicroBatch(spec, sequences, config.data.sequence_length, train.precision)
+
+
+PLAIN = {"recompute": "none", "recompute_attention": "rerun"} | dict.fromkeys(
+    ("recompute_layers", "activation_budget_gib")
+)
+"""Keys of ``train``: no recomputation."""
+
+
+def with_linear(config: RunConfig, linear: str, *ranks: str) -> RunConfig:
+    """The run with another parameterization, at the first of these ranks that it can have.
+
+    After them come those of a published table and a quarter of the width. Recomputation that the
+    parameterization does not allow is left out. Raises ``ConfigError`` where nothing goes.
+    """
+    model = choose(config.model, "linear", linear)
+    shape = shape_of(resolved(config).model)
+    architecture = architectures.get(model.architecture)
+    positions = architecture.positions(shape, options_of(model, architecture.name))
+    widths = (width for each in positions for width in (each.in_size, each.out_size))
+    quarter = max(1, min(shape.hidden_size // 4, *widths))
+    problems: list[str] = []
+    for rank in (*ranks, "aligned-parameters", str(quarter)):
+        for train in ({}, PLAIN):
+            changed = dataclasses.replace(
+                config,
+                model=dataclasses.replace(model, rank=rank),
+                train=dataclasses.replace(config.train, **train),
+            )
+            if not (problems := problems_of(changed)):
+                return changed
+    raise ConfigError(problems)
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Everything that is wrong with a run, its activation budget included."""
+    try:
+        check(config)
+        workload(config)
+    except ConfigError as error:
+        return error.problems
+    return []

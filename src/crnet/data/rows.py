@@ -1,0 +1,234 @@
+"""Rows cut from the shards, and the batches of training and validation made of them.
+
+Which rows a step sees is computed from (seed, sequences consumed) alone, so resuming, gradient
+accumulation and any number of processes see the same global batches, and a checkpoint stores one
+integer. The refused alternative is a shuffle buffer, which cannot be resumed without reading what
+it held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+from crnet.data.order import order
+from crnet.data.shards import Prepared, stored_dtype
+from crnet.data.sources import Split
+from crnet.errors import ConfigError
+
+IGNORED = -100
+"""The target at which no loss is taken."""
+
+
+class Rows:
+    """The rows of one split: inputs and targets of ``sequence_length`` tokens, by index.
+
+    packed: row i of a shard reads ids ``[i T, i T + T]``; the first T are inputs, the last T are
+    targets. Rows follow each other without a gap, ignore the ends of documents, and do not cross
+    shards; what is left at the end of a shard is dropped.
+
+    document: one document a row. A document of more than T ids keeps its first T - 1 and the end
+    token, a shorter one is filled with the padding id (the end token where there is none). Targets
+    are the inputs shifted left by one; at the padding and in the last place they are ``IGNORED``.
+    Source: the C4 protocol of GaLore and its successors (truncation and padding to 256, no
+    packing).
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        split: Split,
+        sequence_length: int,
+        mode: Literal["packed", "document"] = "packed",
+    ):
+        """Map the shards.
+
+        Raises:
+            ConfigError: ``sequence_length`` is below 2, or the mode is unknown.
+        Cost: none; the files are mapped, not read.
+        """
+        if sequence_length < 2 or mode not in ("packed", "document"):
+            raise ConfigError(
+                f"rows of {sequence_length} tokens in mode {mode!r}; --data.sequence-length must "
+                "be at least 2 and --data.rows packed or document"
+            )
+        self.prepared, self.split, self.mode = prepared, split, mode
+        self.sequence_length = sequence_length
+        shards, folder = prepared.parts[split].shards, prepared.folder
+        dtype = stored_dtype(prepared.dtype)
+        self._ids = [_mapped(folder / f"{shard.name}.bin", dtype) for shard in shards]
+        self._starts = [_mapped(folder / f"{shard.name}.idx", np.dtype("<u8")) for shard in shards]
+        if mode == "document":
+            counts = [shard.documents for shard in shards]
+        else:
+            counts = [max(0, shard.tokens - 1) // sequence_length for shard in shards]
+        self._first_row = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Read rows.
+
+        Args:
+            indices: row indices in [0, len), any order, shape (B,).
+        Returns:
+            Tokens and targets, int64, contiguous, shape (B, T) each.
+        Raises:
+            IndexError: an index is outside the rows.
+        Cost: B T ids read; see the speed test for tokens a second.
+        """
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"rows {indices.min()}..{indices.max()} asked of {len(self)} rows")
+        read = self._packed if self.mode == "packed" else self._documents
+        shards = np.searchsorted(self._first_row, indices, side="right") - 1
+        if len(self._ids) == 1 or (indices.size and (shards == shards[0]).all()):
+            shard = int(shards[0]) if indices.size else 0
+            tokens, targets = read(shard, indices - self._first_row[shard])
+        else:
+            tokens = np.empty((len(indices), self.sequence_length), np.int64)
+            targets = np.empty_like(tokens)
+            for shard in np.unique(shards):
+                here = shards == shard
+                tokens[here], targets[here] = read(shard, indices[here] - self._first_row[shard])
+        return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+    def _packed(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Row i of this view is ids[i T : i T + T + 1]; taking rows of it copies whole rows.
+        windows = sliding_window_view(self._ids[shard], self.sequence_length + 1)
+        both = windows[:: self.sequence_length][rows]
+        return both[:, :-1].astype(np.int64), both[:, 1:].astype(np.int64)
+
+    def _documents(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ids, length, prepared = self._ids[shard], self.sequence_length, self.prepared
+        pad_id = prepared.eos_id if prepared.pad_id is None else prepared.pad_id
+        tokens = np.full((len(rows), length), pad_id, np.int64)
+        targets = np.full((len(rows), length), IGNORED, np.int64)
+        index = self._starts[shard]
+        following = index[np.minimum(rows + 1, len(index) - 1)]
+        ends = np.where(rows + 1 < len(index), following, len(ids)).tolist()
+        for i, (start, end) in enumerate(zip(index[rows].tolist(), ends, strict=True)):
+            size = min(end - start, length)
+            tokens[i, :size] = ids[start : start + size]
+            tokens[i, size - 1] = prepared.eos_id
+            targets[i, : size - 1] = tokens[i, 1:size]
+        return tokens, targets
+
+    def num_within(self, max_tokens: int) -> int:
+        """Return how many rows, in file order, hold at most ``max_tokens`` tokens of input.
+
+        Padding is not counted. At least one row, at most all.
+        """
+        if self.mode == "packed":
+            count = max_tokens // self.sequence_length
+        else:
+            lengths = [
+                np.diff(starts.astype(np.int64), append=len(ids))
+                for starts, ids in zip(self._starts, self._ids, strict=True)
+            ]
+            read = np.cumsum(np.minimum(np.concatenate(lengths), self.sequence_length))
+            count = int(np.searchsorted(read, max_tokens, side="right"))
+        return min(max(count, 1), len(self))
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    return np.asarray(np.memmap(path, dtype, mode="r"))
+
+
+def check_enough(rows: Rows, batch_size: int) -> None:
+    """Raise a ``ConfigError`` if there are fewer rows than one batch holds."""
+    if len(rows) >= max(batch_size, 1):
+        return
+    part = rows.prepared.parts[rows.split]
+    if rows.split == "validation":
+        mend = "hold out more (--data.validation-frac) or name a --data.validation-source"
+    else:
+        mend = "take a smaller --train.batch-size or more text (--data.source)"
+    shorter = "" if rows.mode == "document" else ", or a smaller --data.sequence-length"
+    raise ConfigError(
+        f"the {rows.split} part has {part.tokens:,} tokens in {part.documents:,} documents, which "
+        f"gives {len(rows)} rows of {rows.sequence_length} tokens where {max(batch_size, 1)} are "
+        f"needed; {mend}{shorter}"
+    )
+
+
+class Batches:
+    """The training batches: the rows of ``order``, a batch a step, cut to each process's share.
+
+    ``position``, the sequences consumed, is the whole state; it is the same on every process.
+    """
+
+    def __init__(self, rows: Rows, seed: int, batch_size: int, position: int = 0):
+        """Begin at a position.
+
+        Raises:
+            ConfigError: there are fewer rows than a batch holds.
+        """
+        check_enough(rows, batch_size)
+        self.rows, self.seed, self.batch_size, self.position = rows, seed, batch_size, position
+
+    def next(
+        self, micro_batch_size: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the next step's micro-batches of one process, and advance by a whole batch.
+
+        Args:
+            micro_batch_size: rows in one forward pass (None: all of the share); the last
+                micro-batch may be smaller.
+            rank: which of the equal, contiguous shares of the batch.
+            world_size: how many shares there are.
+        Returns:
+            Tokens and targets of each micro-batch, int64, shape (rows, T).
+        Raises:
+            ConfigError: the batch cannot be shared equally.
+        """
+        if self.batch_size % world_size:
+            raise ConfigError(
+                f"--train.batch-size {self.batch_size} is not divided by the {world_size} "
+                f"processes; take a multiple of {world_size}"
+            )
+        share = self.batch_size // world_size
+        size = micro_batch_size or share
+        start = self.position + rank * share
+        indices = order(self.seed, len(self.rows), start, share)
+        self.position += self.batch_size
+        return [self.rows.batch(indices[i : i + size]) for i in range(0, share, size)]
+
+
+def validation_batches(
+    rows: Rows, batch_size: int, max_tokens: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the validation rows in file order, the same rows whatever the batch size.
+
+    Args:
+        rows: rows of the validation split.
+        batch_size: rows at a time; the last batch may be smaller.
+        max_tokens: most input tokens read (padding is not counted), but at least one row.
+    Returns:
+        Tokens and targets, int64, shape (B, T).
+    Raises:
+        ConfigError: there is no row.
+    """
+    check_enough(rows, 1)
+    count = rows.num_within(max_tokens)
+    for start in range(0, count, batch_size):
+        yield rows.batch(np.arange(start, min(start + batch_size, count)))
+
+
+def validation_hash(rows: Rows, max_tokens: int) -> str:
+    """Return the SHA-256, in hex, of exactly the rows that ``validation_batches`` yields.
+
+    Row after row: its tokens, then its targets, as little-endian int64.
+    """
+    digest = hashlib.sha256()
+    for tokens, targets in validation_batches(rows, 256, max_tokens):
+        digest.update(torch.stack([tokens, targets], dim=1).numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

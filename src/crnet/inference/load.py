@@ -1,0 +1,102 @@
+"""A checkpoint on the disk becomes a model and a tokenizer.
+
+    checkpoint (verified once, by storage) -> configuration -> ModelSpec
+      -> names, shapes and dtypes compared, every difference in one error -> weights copied in
+
+Nothing is initialised: the model is laid out without memory, gets memory, and is filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crnet.config.model_spec import ModelSpec, model_spec
+from crnet.data import tokenizer
+from crnet.errors import ConfigError
+from crnet.model.build import lay_out, to_memory
+from crnet.model.language_model import LanguageModel
+from crnet.storage.checkpoint import WEIGHTS, Checkpoint
+
+
+def load_model(saved: Checkpoint, device: torch.device | str = "cpu") -> LanguageModel:
+    """The model with its weights, in the dtypes that they were trained in.
+
+    Raises:
+        ConfigError: the weights are not those of the model that the configuration describes.
+    Cost: the weights once from the disk; one copy on the CPU beside the model's own memory.
+    """
+    spec = model_spec(saved.config.model)
+    weights = saved.weights()
+    dtype = weights_dtype(saved.config.train.precision)
+    check_weights(spec, weights, dtype, saved.folder / WEIGHTS)
+    model = lay_out(spec)
+    to_memory(model, device, dtype)
+    copy_weights(model, weights)
+    return model
+
+
+def load_tokenizer(saved: Checkpoint) -> tokenizer.Tokenizer:
+    """The tokenizer the run was trained with."""
+    return tokenizer.load_saved(saved.folder)
+
+
+def weights_dtype(precision: str) -> torch.dtype:
+    """Dtype of a run's weights, wherever a tensor does not declare another."""
+    return torch.bfloat16 if precision == "bf16" else torch.get_default_dtype()
+
+
+def check_weights(
+    spec: ModelSpec, weights: Mapping[str, Tensor], dtype: torch.dtype, path: Path
+) -> None:
+    """Compare weights with what a model declares.
+
+    Args:
+        dtype: of the run's weights (``weights_dtype``).
+        path: where they come from, for the error.
+    Raises:
+        ConfigError: one problem for each name that is missing or unknown, and for each tensor of
+            another shape or dtype.
+    """
+    problems = []
+    for name, tensor in spec.tensors.items():
+        if name not in weights:
+            problems.append(f"{name} is missing")
+            continue
+        found = weights[name]
+        wanted = dtype if tensor.dtype == "model" else getattr(torch, tensor.dtype)
+        if tuple(found.shape) != tensor.shape:
+            problems.append(f"{name} has shape {tuple(found.shape)}, not {tensor.shape}")
+        if found.dtype != wanted:
+            problems.append(f"{name} has dtype {found.dtype}, not {wanted}")
+    problems += [f"{name} is unknown" for name in weights if name not in spec.tensors]
+    if problems:
+        raise ConfigError(
+            [f"{path}: these are not the weights of the model that was configured", *problems]
+        )
+
+
+@torch.no_grad()
+def copy_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights, already checked, into a model that has memory for them."""
+    parameters = dict(model.named_parameters())
+    for name, weight in weights.items():
+        parameters[name].copy_(weight)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``: the GPU where there is one. Raises ``ConfigError`` where the device is missing."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--train.device {name}: cannot be used ({reason}); say cpu, cuda or auto"
+        ) from error
+    return device

@@ -1,0 +1,89 @@
+"""Causal self-attention with grouped key/value heads, and the tables of the rotary embedding.
+
+Shapes: B batch, T new tokens, S tokens seen so far and new, D model width, N query heads,
+K key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crnet.kernels.elementwise import rotate
+from crnet.layers.cache import LayerCache, causal_mask
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Cosines and sines of the rotary embedding, each (T, 1, H/2), fp32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block needs of these tokens besides their state."""
+
+    rope: Rope | None
+    caches: tuple[LayerCache, ...] | None = None
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(H)) v, q and k rotated where there are tables; then the output map."""
+
+    def __init__(self, layer_idx: int, num_heads: int, num_kv_heads: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+
+    def forward(self, x_BTD: Tensor, project: Any, context: Context) -> Tensor:
+        """Return the output of the map ``o``, (B, T, width)."""
+        batch, num_new, _ = x_BTD.shape
+        dtype = x_BTD.dtype  # a carry of higher precision stays between the blocks
+        tables = context.rope and (context.rope.cos.to(dtype), context.rope.sin.to(dtype))
+
+        def heads(position: str) -> Tensor:
+            y_BTD = project(position, x_BTD).to(dtype)
+            count = self.num_heads if position == "q" else self.num_kv_heads
+            y_BTNH = y_BTD.view(batch, num_new, count, -1)
+            if tables is not None and position != "v":
+                y_BTNH = rotate(y_BTNH, *tables)
+            return y_BTNH.transpose(1, 2)
+
+        q_BNTH, k_BKSH, v_BKSH = heads("q"), heads("k"), heads("v")
+        mask = None
+        if context.caches is not None:
+            k_BKSH, v_BKSH = context.caches[self.layer_idx].append(k_BKSH, v_BKSH)
+            mask = causal_mask(num_new, k_BKSH.shape[2], q_BNTH.device)
+        mix = functools.partial(
+            nn.functional.scaled_dot_product_attention,
+            attn_mask=mask,
+            is_causal=context.caches is None,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        mixed_BNTH = project.attend(mix, q_BNTH, k_BKSH, v_BKSH)
+        return project("o", mixed_BNTH.transpose(1, 2).reshape(batch, num_new, -1))
+
+
+@functools.lru_cache(maxsize=8)
+def _angles(length: int, head_size: int, theta: float, device: torch.device) -> Rope:
+    # Computed, never stored in the model: a buffer would be garbage after a build on meta. Never
+    # under inference mode: such tensors could not be kept for a later backward.
+    with torch.inference_mode(False):
+        exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+        positions = torch.arange(length, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, theta**-exponents)[:, None, :]
+        return Rope(angles.cos(), angles.sin())
+
+
+def rope(start: int, length: int, head_size: int, theta: float, device: torch.device) -> Rope:
+    """Tables for positions ``start .. start + length``. Source: RoFormer (arXiv:2104.09864)."""
+    room = 1 << max(start + length - 1, 1).bit_length()
+    whole = _angles(room, head_size, theta, device)
+    return Rope(whole.cos[start : start + length], whole.sin[start : start + length])

@@ -1,0 +1,49 @@
+"""Keys and values of earlier tokens, for decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """Keys and values of one block, as attention uses them, for up to ``capacity`` tokens.
+
+    A carry needs no cache: it reaches from block to block of the same token.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, keys_BKTH: Tensor, values_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new tokens; return the keys and values of all, (B, K, S, H).
+
+        Raises:
+            RuntimeError: there is no room left.
+        """
+        batch, heads, num_new, head_size = keys_BKTH.shape
+        if self.length + num_new > self.capacity:
+            raise RuntimeError(
+                f"the key/value cache holds {self.capacity} tokens; "
+                f"{self.length} are in it and {num_new} more came"
+            )
+        if self._keys is None or self._values is None:
+            shape = (batch, heads, self.capacity, head_size)
+            self._keys = keys_BKTH.new_empty(shape)
+            self._values = values_BKTH.new_empty(shape)
+        end = self.length + num_new
+        self._keys[:, :, self.length : end] = keys_BKTH
+        self._values[:, :, self.length : end] = values_BKTH
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+def causal_mask(num_new: int, num_seen: int, device: torch.device) -> Tensor | None:
+    """True where new token i may look at token j, shape (T, S); None where it may look at all."""
+    if num_new == 1:
+        return None
+    mask = torch.ones(num_new, num_seen, dtype=torch.bool, device=device)
+    return mask.tril(num_seen - num_new)

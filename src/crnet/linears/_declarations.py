@@ -1,0 +1,87 @@
+"""What several parameterizations declare alike: dense matrices and pairs of factors. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from crnet.specs import OWN, Init, Slot, TensorSpec, Work, constant, normal
+
+FactorInit = Literal["balanced", "zero-b", "spectral"]
+
+TABLE_RANKS = {
+    "aligned-parameters": {
+        (512, 8): "128",
+        (768, 12): "256",
+        (1024, 24): "256",
+        (2048, 24): "512",
+        (4096, 32): "1024",
+    }
+}
+"""``published_ranks`` of plain low rank and what is compared with it: every table of the GaLore
+family has these."""
+
+
+def dense(slot: Slot) -> dict[str, TensorSpec]:
+    """``weight`` (out, in), Gaussian, as ``nn.Linear`` and Hugging Face store it."""
+    shape = (slot.out_size, slot.in_size)
+    return {"weight": TensorSpec(shape, "matrix", normal(slot.init_std))}
+
+
+def dense_work(slot: Slot, rows: int) -> Work:
+    """Of ``x W^T``."""
+    items = slot.in_size * slot.out_size
+    return Work(
+        forward_flops=2 * rows * items,
+        backward_flops=4 * rows * items,
+        weight_items=items,
+        unrepeated_flops=2 * rows * items,
+    )
+
+
+def factors(slot: Slot, init: FactorInit, lr_factor: float) -> dict[str, TensorSpec]:
+    """``A`` (in, rank) and ``B`` (rank, out), the paper's orientation.
+
+    ``balanced``: both Gaussian with equal standard deviation ``(init_std / sqrt(R))^(1/2)``, so
+    that an item of A B, a sum of R products, has standard deviation ``init_std``.
+    ``zero-b``: A Gaussian of standard deviation ``D^(-1/2)``, B zero: the map starts at zero.
+    ``spectral``: the best rank-R approximation of a dense Gaussian matrix
+    (``_maps.spectral_factor``).
+    """
+    balanced = normal((slot.init_std / slot.rank**0.5) ** 0.5)
+    initial: dict[str, tuple[Init, Init]] = {
+        "balanced": (balanced, balanced),
+        "zero-b": (normal(slot.in_size**-0.5), constant(0.0)),
+        "spectral": (OWN, OWN),
+    }
+    return pair(slot, *initial[init], lr_factor)
+
+
+def pair(slot: Slot, init_a: Init, init_b: Init, lr_factor: float = 1.0) -> dict[str, TensorSpec]:
+    """``A`` (in, rank) and ``B`` (rank, out), each with an initial value of its own."""
+    size_a, size_b = (slot.in_size, slot.rank), (slot.rank, slot.out_size)
+    return {
+        "A": TensorSpec(size_a, "factor_in", init_a, partner="B", lr_factor=lr_factor),
+        "B": TensorSpec(size_b, "factor_out", init_b, partner="A", lr_factor=lr_factor),
+    }
+
+
+def factors_work(slot: Slot, rows: int, item_bytes: int, gain_bytes: int = 0) -> Work:
+    """Of ``(x A) B`` whose bottleneck ``x A`` is kept; with a carry also its gain."""
+    items = slot.rank * (slot.in_size + slot.out_size)
+    return Work(
+        forward_flops=2 * rows * items,
+        backward_flops=4 * rows * items,
+        weight_items=items,
+        kept_bytes=rows * slot.rank * item_bytes + gain_bytes,
+        bottleneck_bytes=rows * slot.rank * item_bytes,
+        rebuild_flops=2 * rows * slot.rank * slot.out_size,
+    )
+
+
+def above_zero(method: str, **values: float) -> list[str]:
+    """A problem for each option of a method that is not above zero."""
+    return [
+        f"--model.{method}.{key.replace('_', '-')} is {value}; it must be above zero"
+        for key, value in values.items()
+        if not value > 0
+    ]

@@ -1,0 +1,76 @@
+"""CoLA's map, with a backward by hand that keeps one tensor as wide as the bottleneck.
+
+Autograd would keep it twice, before SiLU and after it. Here SiLU is computed once more in the
+backward pass; with Z = X A, H = silu(Z) and dY given,
+
+    dH = dY B^T    dB = H^T dY    dZ = dH silu'(Z)    dA = X^T dZ    dX = dZ A^T
+
+Shapes: B batch, T tokens, M = B T rows, D input width, F output width, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
+
+from crnet.kernels.carried import rows, up_project
+from crnet.kernels.precision import cast
+from crnet.linears._maps import Known, LowRankMap
+
+
+class CoLAMap(LowRankMap):
+    """``y = silu(x A) B``; A (D, R), B (R, F). Its bottleneck is ``x A``, before SiLU."""
+
+    def run(self, x_BTD, carry, known):
+        output = activated_lowrank(x_BTD, self.A, self.B, known)
+        return output, output
+
+    def up_project(self, bottleneck, carry):
+        return up_project(silu(bottleneck), self.B)
+
+    def dense_weight(self) -> Tensor:
+        raise NotImplementedError("CoLA's map is not linear: no matrix has its values")
+
+
+def activated_lowrank(
+    x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, known: Known | None = None
+) -> Tensor:
+    """Return ``silu(x A) B``, (B, T, F) in the compute dtype.
+
+    Args:
+        x_BTD: input of the map.
+        a_DR, b_RF: the factors; cast to the compute dtype.
+        known: ``x A`` and the result, where a recomputation has them: only the graph is made.
+    Cost: 2 M R (D + F) FLOPs forward, twice that backward; keeps ``x A`` (M R items) and x.
+    Numerics: SiLU and its slope in fp32 inside, rounded once.
+    Source: CoLA, the layer.
+    """
+    x, a_DR, b_RF = cast(x_BTD, a_DR, b_RF)
+    z_MR, y_MF = (rows(tensor) for tensor in known) if known else (None, None)
+    y_MF = _ActivatedLowRank.apply(rows(x), a_DR, b_RF, z_MR, y_MF)
+    return y_MF.view(*x.shape[:-1], -1)
+
+
+class _ActivatedLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_MD, a_DR, b_RF, z_MR, y_MF):
+        if y_MF is None:
+            z_MR = x_MD @ a_DR
+            y_MF = silu(z_MR) @ b_RF
+        ctx.save_for_backward(x_MD, z_MR, a_DR, b_RF)
+        return y_MF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_MF):
+        x_MD, z_MR, a_DR, b_RF = ctx.saved_tensors
+        wants_x, wants_a, wants_b = ctx.needs_input_grad[:3]
+        db_RF = silu(z_MR).T @ dy_MF if wants_b else None
+        if not (wants_x or wants_a):
+            return None, None, db_RF, None, None
+        dz_MR = torch.ops.aten.silu_backward(dy_MF @ b_RF.T, z_MR)
+        da_DR = x_MD.T @ dz_MR if wants_a else None
+        dx_MD = dz_MR @ a_DR.T if wants_x else None
+        return dx_MD, da_DR, db_RF, None, None

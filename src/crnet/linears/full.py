@@ -1,0 +1,29 @@
+"""Full rank: every map is a dense matrix. The baseline of every comparison."""
+
+from __future__ import annotations
+
+from crnet.linears import Parameterization
+from crnet.linears._declarations import dense, dense_work
+
+
+class Full(Parameterization):
+    name = "full"
+    summary = "dense matrices"
+    has_ranks = False
+
+    def fixed_rank(self, layer_idx, options):
+        return 0
+
+    def tensors(self, slot, options):
+        return dense(slot)
+
+    def work(self, slot, options, rows, item_bytes):
+        return dense_work(slot, rows)
+
+    def make(self, slot, options):
+        from crnet.linears._maps import DenseMap
+
+        return DenseMap(self.tensors(slot, options))
+
+
+METHODS = [Full()]

@@ -1,0 +1,76 @@
+"""LaX, latent crossing: bottlenecks of successive blocks are added up.
+
+``z_l = x A + g z_(l-1)``, ``y = z_l B``; the sum is what a block hands on. Every block is low rank,
+and the first reads nothing. Source: arXiv:2505.21732 and the official code of vision models.
+Deviation: its gate by a layer norm is left out; initial factors are those of plain low rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from crnet.linears import Parameterization
+from crnet.linears._declarations import TABLE_RANKS, above_zero, factors, factors_work
+from crnet.specs import Read, Slot, TensorSpec, Work, constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaXOptions:
+    """LaX."""
+
+    gate: Literal["identity", "scalar"] = "identity"
+    """What the bottleneck below is multiplied with: 1, or a learned number that starts at 1."""
+    lr_factor: float = 0.25
+    """Learning rate of the factors over the base rate."""
+
+
+class LaX(Parameterization):
+    name = "lax"
+    summary = "low rank, bottlenecks of successive blocks added up"
+    Options = LaXOptions
+    examples = (LaXOptions(gate="scalar"),)
+    published_ranks = TABLE_RANKS
+
+    def problems(self, options: LaXOptions, slots: Sequence[Slot]) -> list[str]:
+        found = above_zero(self.name, lr_factor=options.lr_factor)
+        columns: dict[str, list[Slot]] = {}
+        for slot in slots:
+            columns.setdefault(slot.position, []).append(slot)
+        differ = [
+            f"{position} has {low.rank} in block {low.layer_idx + 1} and {high.rank} in block "
+            f"{high.layer_idx + 1}"
+            for position, column in columns.items()
+            for low, high in itertools.pairwise(column)
+            if low.rank != high.rank
+        ]
+        if differ:
+            found.append(
+                f"--model.rank: lax adds bottlenecks of neighbouring blocks, which must be equally "
+                f"wide, but {'; '.join(differ)}; give every position one rank"
+            )
+        return found
+
+    def tensors(self, slot: Slot, options: LaXOptions) -> dict[str, TensorSpec]:
+        pair = factors(slot, "balanced", options.lr_factor)
+        if options.gate == "identity" or not slot.layer_idx:
+            return pair
+        return pair | {"gate": TensorSpec((1,), "gain", constant(1.0), decays=False)}
+
+    def work(self, slot: Slot, options: LaXOptions, rows: int, item_bytes: int) -> Work:
+        return factors_work(slot, rows, item_bytes)
+
+    def reads(self, slot: Slot, options: LaXOptions) -> Read | None:
+        if not slot.layer_idx:
+            return None
+        return Read("below", slot.rank, of="bottleneck", is_kept=options.gate == "scalar")
+
+    def make(self, slot: Slot, options: LaXOptions):
+        from crnet.linears.lax.module import LaXMap
+
+        return LaXMap(self.tensors(slot, options))
+
+
+METHODS = [LaX()]

@@ -1,0 +1,99 @@
+"""SLTrain: a pair of factors plus a sparse matrix whose support never moves.
+
+``W = (alpha / r) B A + scatter(values)``, ``y = W x``. Source: SLTrain, official code at 2335d62.
+Deviation: positions of the support are int32, not int64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from crnet.linears import Parameterization
+from crnet.linears._declarations import TABLE_RANKS, above_zero, pair
+from crnet.specs import OWN, Slot, TensorSpec, Work, constant, uniform
+
+MOST_ITEMS = 2**31 - 1
+"""Of a matrix whose positions int32 can name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLTrainOptions:
+    """SLTrain."""
+
+    delta: float = 0.03
+    """Share of a matrix that the sparse part holds (published: 0.05 at 7B, else 0.03)."""
+    alpha: float = 32.0
+    """The product of the factors is scaled by alpha over the rank (published: 32, 16, 16, 8, 8 for
+    60M, 130M, 350M, 1B, 7B)."""
+
+
+class SLTrain(Parameterization):
+    name = "sltrain"
+    summary = "a low-rank matrix plus a sparse one with a random, fixed support"
+    Options = SLTrainOptions
+    published_ranks = TABLE_RANKS
+
+    def problems(self, options: SLTrainOptions, slots) -> list[str]:
+        found = above_zero(self.name, alpha=options.alpha)
+        if not 0 < options.delta <= 1:
+            share = f"--model.sltrain.delta is {options.delta}; it is a share and must lie in "
+            return [*found, f"{share}(0, 1]"]
+        sizes = {(slot.position, slot.in_size, slot.out_size) for slot in slots}
+        for position, in_size, out_size in sorted(sizes):
+            where = f"the map {position} ({in_size} x {out_size})"
+            if in_size * out_size > MOST_ITEMS:
+                found.append(
+                    f"{where} has more items than the {MOST_ITEMS} that sltrain's int32 positions "
+                    "can name; take a smaller model, or another parameterization"
+                )
+            elif not _num_values(in_size, out_size, options.delta):
+                found.append(
+                    f"--model.sltrain.delta {options.delta} leaves no item of {where}; take more"
+                )
+        return found
+
+    def tensors(self, slot: Slot, options: SLTrainOptions) -> dict[str, TensorSpec]:
+        """``index``: positions in the matrix (F, D) read row by row, ascending."""
+        bound = uniform(slot.in_size**-0.5)
+        size = (_num_values(slot.in_size, slot.out_size, options.delta),)
+        return pair(slot, bound, constant(0.0)) | {
+            "values": TensorSpec(size, "values", bound),
+            "index": TensorSpec(size, "index", OWN, trained=False, dtype="int32"),
+        }
+
+    def work(self, slot: Slot, options: SLTrainOptions, rows: int, item_bytes: int) -> Work:
+        """Forward: the matrix is built, then read; backward: built, read, its gradient, and the
+        gradients of both factors from that."""
+        items = slot.in_size * slot.out_size
+        of_factors = slot.rank * (slot.in_size + slot.out_size)
+        return Work(
+            forward_flops=2 * items * (slot.rank + rows),
+            backward_flops=2 * items * (3 * slot.rank + 2 * rows),
+            weight_items=of_factors + _num_values(slot.in_size, slot.out_size, options.delta),
+            transient_bytes=items * item_bytes,
+            forward_transient_bytes=items * item_bytes,
+        )
+
+    def initial_value(self, name, slot, options, generator):
+        """The support: uniform, without replacement. Cost: 4 D F bytes for a moment."""
+        import torch
+
+        count = _num_values(slot.in_size, slot.out_size, options.delta)
+        items = slot.in_size * slot.out_size
+        order = torch.randperm(items, dtype=torch.int32, generator=generator("support"))
+        return order[:count].sort().values
+
+    def make(self, slot: Slot, options: SLTrainOptions):
+        from crnet.linears.sltrain.module import SLTrainMap
+
+        return SLTrainMap(self.tensors(slot, options), options.alpha / slot.rank)
+
+
+def _num_values(in_size: int, out_size: int, delta: float) -> int:
+    """``floor(delta D F)`` of the decimal that was written: 0.29 of 100 items are 29."""
+    return math.floor(Fraction(str(delta)) * in_size * out_size)
+
+
+METHODS = [SLTrain()]

@@ -1,0 +1,195 @@
+"""The language model: blocks between an embedding and a head, and their loss.
+
+    tokens -> embed -> [ block ] * L -> last read -> norm -> head -> loss
+
+Between blocks travel the stream's state and, where the parameterization reads earlier blocks, what
+their maps hand on. Nobody above this file looks inside a model: what training, sharding and
+measuring need of it are methods.
+
+Shapes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crnet.config.model_spec import ModelSpec
+from crnet.kernels.loss import IGNORED, linear_cross_entropy
+from crnet.layers.block import Block, State, run_blocks
+from crnet.layers.cache import LayerCache
+from crnet.model.seeds import generator_of
+from crnet.recompute.engine import Recomputation
+from crnet.recompute.plan import Added, RecomputePlan
+from crnet.specs import Forget, TensorSpec
+
+Runner = Callable[[Sequence[Block], State, Any], State]
+"""Runs every block: the plain loop, or a recomputation."""
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.spec = spec
+        self.runner: Runner = run_blocks
+        architecture, options = spec.architecture, spec.architecture_options
+        for name, module in architecture.make_outside(spec.shape, options).items():
+            self.add_module(name, module)
+        self.layers = nn.ModuleList(_make_block(spec, idx) for idx in range(spec.num_layers))
+        self.last_read = _make_stream(spec, spec.num_sublayers)
+
+    def forward(self, tokens_BT: Tensor, caches: Sequence[LayerCache] | None = None) -> Tensor:
+        """Return the normed stream after the last block, (B, T, D)."""
+        architecture, options = self.spec.architecture, self.spec.architecture_options
+        start = caches[0].length if caches else 0
+        x_BTD = architecture.embed(self, tokens_BT, start)
+        length, device = tokens_BT.shape[1], x_BTD.device
+        context = architecture.context(self.spec.shape, options, start, length, device, caches)
+        plain = caches is not None or not torch.is_grad_enabled()
+        runner = run_blocks if plain else self.runner
+        state = runner(self.blocks(), (x_BTD,), context)
+        del x_BTD
+        return self.norm(self.last_read.read(state))  # type: ignore[operator]
+
+    def blocks(self) -> list[Block]:
+        """The blocks, bottom first."""
+        found = [block for block in self.layers if isinstance(block, Block)]
+        assert len(found) == len(self.layers), "a wrapped block would be passed over"
+        return found
+
+
+def _make_block(spec: ModelSpec, layer_idx: int) -> Block:
+    linear, options = spec.linear, spec.linear_options
+    block = spec.architecture.make_block(
+        spec.shape, spec.architecture_options, layer_idx, spec.keeps_activation
+    )
+    maps = {}
+    for slot in spec.slots[layer_idx]:
+        maps[slot.position] = made = linear.make(slot, options)
+        if "bias" in (tensors := spec.map_tensors(slot)):
+            made.bias = nn.Parameter(torch.empty(tensors["bias"].shape))
+    reads = {name: read.source for name, read in spec.reads[layer_idx].items()}
+    sublayers = len(spec.architecture.writes)
+    block.prepare(
+        layer_idx,
+        maps,
+        {position.name: position.module for position in spec.positions},
+        [_make_stream(spec, layer_idx * sublayers + idx) for idx in range(sublayers)],
+        spec.architecture.writes,
+        reads,
+        spec.hands[layer_idx],
+    )
+    return block
+
+
+def _make_stream(spec: ModelSpec, sublayer_idx: int) -> nn.Module:
+    return spec.stream.make(sublayer_idx, spec.num_sublayers, spec.shape, spec.stream_options)
+
+
+class LanguageModel(nn.Module):
+    """A causal language model. ``model(tokens, targets)`` returns the loss."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.spec = spec
+        self.model = Backbone(spec)
+        shape = spec.shape
+        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.tie_head()
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the summed next-token loss and how many tokens it is over.
+
+        Args:
+            tokens_BT: int64 inputs.
+            targets_BT: int64, the token that follows each input; -100 where none counts.
+        Returns:
+            (0-d loss in nats, fp32 or better; 0-d int64 count). Sums, not means: they add up over
+            micro-batches and ranks whatever the padding.
+        """
+        x_BTD = self.model(tokens_BT)
+        loss_sum = linear_cross_entropy(
+            x_BTD.reshape(-1, x_BTD.shape[-1]), self.lm_head.weight, targets_BT.reshape(-1)
+        )
+        return loss_sum, (targets_BT != IGNORED).sum()
+
+    def logits(
+        self,
+        tokens_BT: Tensor,
+        caches: Sequence[LayerCache] | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Return logits (B, T, V), or (B, 1, V) of the last token where ``last_only``.
+
+        With ``caches``, the tokens continue what is in them.
+        """
+        x_BTD = self.model(tokens_BT, caches)
+        return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """The normed stream after the last block, (B, T, D): the model without its head."""
+        return self.model(tokens_BT)
+
+    def new_caches(self, capacity: int) -> list[LayerCache]:
+        """Empty key/value caches for ``capacity`` tokens, one a block."""
+        return [LayerCache(capacity) for _ in self.model.layers]
+
+    def max_length(self) -> int | None:
+        """Most tokens of a row; None: any number."""
+        return self.spec.architecture.max_length(self.spec.architecture_options)
+
+    def tie_head(self) -> None:
+        """Make the head the embedding, where the model has it so."""
+        if self.spec.shape.tie_embeddings:
+            embedding = self.get_parameter("model.embed_tokens.weight")
+            self.lm_head.weight = embedding  # type: ignore[assignment]
+
+    def trained(self) -> dict[str, tuple[TensorSpec, Tensor]]:
+        """Declaration and parameter of every trained tensor, by its full name."""
+        parameters = dict(self.named_parameters())
+        return {
+            name: (spec, parameters[name])
+            for name, spec in self.spec.tensors.items()
+            if spec.trained
+        }
+
+    def sharded_parts(self) -> Iterator[nn.Module]:
+        """The modules to shard one by one, before the whole: the blocks."""
+        yield from self.model.blocks()
+
+    def compile_blocks(self) -> None:
+        """Compile every block by itself: equal blocks share the code."""
+        for block in self.model.blocks():
+            block.compile()
+
+    def recompute(self, plan: RecomputePlan) -> None:
+        """Keep for the backward pass what ``plan`` says, from now on."""
+        self.model.runner = run_blocks if plan.policy == "none" else Recomputation(plan)
+
+    def guard_added(self) -> Added:
+        """What the guard of recompute invert kept in the latest forward pass beyond its plan."""
+        runner = self.model.runner
+        return runner.added if isinstance(runner, Recomputation) else {}
+
+    @torch.no_grad()
+    def run_events(self, step: int, seed: int) -> Mapping[str, Forget]:
+        """Carry out what the parameterization has due after ``step`` optimizer steps.
+
+        Returns: by full name, what the optimizer is to forget of a parameter.
+        """
+        linear, options = self.spec.linear, self.spec.linear_options
+        forgets: dict[str, Forget] = {}
+        for event in linear.events(step, options):
+            for block, slots in zip(self.model.blocks(), self.spec.slots, strict=True):
+                for slot in slots:
+                    name = self.spec.map_name(slot)
+                    generator = generator_of(seed, name, f"{event} {step}")
+                    for forget in block.maps[slot.position].run_event(event, generator):
+                        forgets[f"{name}.{forget.tensor}"] = forget
+        return forgets

@@ -1,0 +1,54 @@
+"""The seam of the learning-rate schedules: pure functions of the step. One file is one family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from crnet.registry import discover, find
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What every schedule is told of the run."""
+
+    total: int
+    """Optimizer steps."""
+    warmup_frac: float
+    """Share of them over which the rate rises linearly."""
+    min_lr_frac: float
+    """Share of the peak rate at which it ends."""
+
+    @property
+    def warmup(self) -> float:
+        """Steps of the warm-up; may be a fraction."""
+        return self.warmup_frac * self.total
+
+
+class Schedule:
+    """What a schedule answers; a method states only what differs."""
+
+    name: str
+    summary: str
+    Options: type | None = None
+    """A frozen dataclass; its fields become ``--optimizer.NAME.OPTION``."""
+    examples: tuple[Any, ...] = ()
+    """More ``Options`` that the contract is checked with (``measure.contract``)."""
+
+    def problems(self, options: Any, steps: Steps) -> list[str]:
+        """What is wrong with the options, one sentence each, with the mend."""
+        return []
+
+    def factor(self, step: int, options: Any, steps: Steps) -> float:
+        """The rate of optimizer step ``step``, counted from 1, over the peak rate."""
+        raise NotImplementedError
+
+
+def names() -> list[str]:
+    """Every schedule, sorted."""
+    return sorted(discover(__name__, Schedule))
+
+
+def get(name: str) -> Schedule:
+    """The schedule of that name. Raises ``ValueError`` if there is none."""
+    return find(__name__, name, Schedule)

@@ -1,0 +1,218 @@
+"""What the parts of a model declare, without torch: tensors, slots, carries, work.
+
+A method's declaration answers with these; initialisation, checkpoints, optimizers, the cost model
+and export read them. Nothing is listed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal[
+    "embedding",
+    "head",
+    "norm",
+    "bias",
+    "gain",
+    "matrix",
+    "factor_in",
+    "factor_out",
+    "values",
+    "index",
+]
+"""What a tensor is to the model. ``matrix``: dense, (out, in). ``factor_in`` (in, rank) and
+``factor_out`` (rank, out): a pair. ``gain``: scalars of a carry or a stream. ``values`` and
+``index``: of a sparse matrix."""
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a tensor is filled, from a generator of its own."""
+
+    kind: Literal["normal", "uniform", "constant", "own"]
+    value: float = 0.0
+    """Standard deviation, bound, or the constant. ``own``: the method's ``initial_value``."""
+
+
+def normal(std: float) -> Init:
+    """Gaussian of mean 0."""
+    return Init("normal", std)
+
+
+def uniform(bound: float) -> Init:
+    """Uniform between -bound and bound."""
+    return Init("uniform", bound)
+
+
+def constant(value: float) -> Init:
+    """One number everywhere."""
+    return Init("constant", value)
+
+
+OWN = Init("own")
+"""Filled by the ``initial_value`` of the method that declares the tensor."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One parameter of the model."""
+
+    shape: tuple[int, ...]
+    role: Role
+    init: Init
+    trained: bool = True
+    dtype: Literal["model", "float32", "int32"] = "model"
+    """``model``: that of the run's weights."""
+    partner: str | None = None
+    """Name beside it of the other factor of a pair."""
+    lr_factor: float = 1.0
+    """Learning rate over the base rate."""
+    decays: bool = True
+
+    @property
+    def num_items(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    def item_bytes(self, model_bytes: int) -> int:
+        """Of an item, where the run's weights take ``model_bytes``."""
+        return model_bytes if self.dtype == "model" else 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model; ``config.sections.ModelConfig`` adds which methods it is made of."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    rope_theta: float
+    norm_eps: float
+    init_std: float
+    tie_embeddings: bool
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class Position:
+    """A linear map that every block has."""
+
+    name: str
+    module: str
+    """Its path in the block, for example ``self_attn.q_proj``."""
+    in_size: int
+    out_size: int
+    input: str
+    """Maps of one input share its name."""
+    has_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One linear map of one block."""
+
+    position: str
+    layer_idx: int
+    """0-based; the paper's l is this plus 1."""
+    num_layers: int
+    in_size: int
+    out_size: int
+    rank: int
+    """0 where the map is full rank."""
+    init_std: float
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a map reads of the same position in an earlier block: its carry."""
+
+    source: Literal["below", "first"]
+    width: int
+    of: Literal["output", "bottleneck"] = "output"
+    item_bytes: int | None = None
+    """Of an item of the carry as the reader keeps it; None: of the compute dtype."""
+    is_kept: bool = True
+    """Whether the gradient needs it (that of a gain does)."""
+    inverts: bool = False
+    """Whether the carry follows from output and bottleneck (``LinearMap.carry_from``)."""
+    initial_gain: float = 1.0
+    """What the carry is multiplied with before the first step."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one map does on one micro-batch. FLOPs: products only, 2 a multiply-add."""
+
+    forward_flops: int
+    backward_flops: int
+    weight_items: int
+    """Items of the weights that products read; autocast keeps a cast of each."""
+    keeps_input: bool = True
+    kept_bytes: int = 0
+    """What autograd keeps beside the input and the carry."""
+    bottleneck_bytes: int = 0
+    """What the output follows from without the input; 0: the output itself."""
+    rebuild_flops: int = 0
+    """The output from its bottleneck and carry."""
+    rerun_flops: int = 0
+    """The graph made again, output and bottleneck known."""
+    unrepeated_flops: int = 0
+    """Of the forward: what comes after the last tensor that autograd keeps."""
+    transient_bytes: int = 0
+    """Alive in the backward pass for a moment, beyond its gradients."""
+    forward_transient_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """What one block does between its maps, on one micro-batch."""
+
+    forward_flops: int
+    backward_flops: int
+    input_bytes: Mapping[str, int]
+    """Of each input that maps read, by its name."""
+    kept_inputs: frozenset[str]
+    """Inputs that the block keeps even where no map does."""
+    kept_outputs: tuple[str, ...]
+    """Positions whose outputs the block keeps, in the compute dtype."""
+    kept_bytes: int
+    """What else it keeps: statistics, rotated queries and keys; a sum with a bias is another
+    tensor than the output. Not the inputs of its sublayers."""
+    attention_bytes: int
+    """Output and log-sum-exp of attention: kept once more where attention is not run again."""
+    activation_bytes: int
+    """Alive in the backward pass of the feed-forward's activation beyond what is kept."""
+
+
+@dataclass(frozen=True)
+class StreamWork:
+    """What the stream around one sublayer does on one micro-batch: its read and its write."""
+
+    kept_bytes: int = 0
+    """What autograd keeps beside what a sublayer gets and the written outputs."""
+    keeps_writes: bool = False
+    """Whether later reads keep what a sublayer wrote (and the embedding)."""
+    forward_flops: int = 0
+    backward_flops: int = 0
+    gradient_bytes: int = 0
+    """Gradients of the state that wait while this sublayer goes backward."""
+
+
+@dataclass(frozen=True)
+class Forget:
+    """What an optimizer is to forget of one tensor after an event."""
+
+    tensor: str
+    """Name of the parameter in its module."""
+    kept_frac: float = 0.0
+    """Share of the items of its state that stay, at random."""

@@ -1,0 +1,203 @@
+"""The loop: read, step, log, evaluate, save. One path, no callbacks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from crnet.config.sections import RunConfig
+from crnet.data.rows import Batches, Rows
+from crnet.inference.evaluate import Evaluation, evaluate_unless
+from crnet.recompute.plan import Added
+from crnet.storage import checkpoint, metrics
+from crnet.storage.checkpoint import Contents, Progress
+from crnet.train.full_state import is_first_rank
+from crnet.train.resume import all_weights, snapshot
+from crnet.train.signals import Stop
+from crnet.train.step import Step, Stepped
+
+
+@dataclass
+class Record:
+    """What a run writes down: metrics and checkpoints."""
+
+    run_dir: Path
+    log: metrics.Metrics
+    extra: Mapping[str, str]
+    """Hashes of the inputs, for every checkpoint."""
+    files: Mapping[str, Callable[[Path], None]]
+    """What else a checkpoint gets (``storage.checkpoint.Contents``)."""
+    last_checkpoint: Path | None = None
+
+    def evaluations(self) -> dict[int, Evaluation]:
+        """What has been evaluated so far, by step."""
+        return {
+            row["step"]: Evaluation(row["val_loss"], row["val_tokens"])
+            for row in metrics.read(self.log.path)
+            if "val_loss" in row
+        }
+
+    def has(self, step: int) -> bool:
+        """Whether the last checkpoint is of that step."""
+        return self.last_checkpoint is not None and self.last_checkpoint.name == f"step_{step}"
+
+    def save(self, at: Progress, step: Step) -> None:
+        """Write a checkpoint of model and optimizer."""
+        self.log.sync()
+        contents = Contents(
+            weights=all_weights(step.model),
+            state=snapshot(step.optimizer),
+            config=step.config,
+            progress=at,
+            extra=self.extra,
+            files=self.files,
+        )
+        self.last_checkpoint = self.run_dir / "checkpoints" / f"step_{at.step}"
+        if is_first_rank():
+            checkpoint.save(self.run_dir, contents, step.config.train.keep_checkpoints)
+
+
+class Loop:
+    """The steps of one start of a run."""
+
+    def __init__(self, step: Step, rows: Rows, validation: Rows, record: Record, stop: Stop):
+        self.config: RunConfig = step.config
+        self._step, self._rows, self._validation = step, rows, validation
+        self._record, self._stop = record, stop
+        self._guarded: Added = {}
+        self._trained, self._logged = _Clock(), _Clock()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Training tokens over training time: no evaluation, no saving."""
+        return self._trained.rate()
+
+    def run(self, at: Progress, show: bool) -> Progress:
+        """Step until the last step or a signal; returns where the run then stands.
+
+        Args:
+            at: where it stands.
+            show: a progress bar on stderr.
+        """
+        train, record = self.config.train, self._record
+        batches = Batches(self._rows, train.seed, train.batch_size, at.position)
+        bar = _bar(train.steps, at.step, show)
+        # A signal during an evaluation leaves it undone; the resumed run makes up for it here.
+        if self._evaluation_due(at.step) and at.step not in record.evaluations():
+            self._evaluate(at, bar)
+        self._step.model.train()
+        while at.step < train.steps and not self._stop.requested:
+            start_s = time.perf_counter()
+            micro_batches = batches.next(train.micro_batch_size)
+            done = self._step(micro_batches, at, record.last_checkpoint)
+            elapsed_s = time.perf_counter() - start_s
+            for clock in (self._trained, self._logged):
+                clock.add(done.num_tokens, elapsed_s)
+            at = Progress(at.step + 1, batches.position, at.tokens + done.num_tokens)
+            bar.update()
+            self._log(at, done, bar)
+            if self._evaluation_due(at.step) and (found := self._evaluate(at, bar)):
+                _write(bar, _progress_line(at, found))
+            if self._is_last(at) or _is_due(at.step, train.save_every_steps):
+                record.save(at, self._step)
+        bar.close()
+        if not self.finished(at) and not record.has(at.step):
+            record.save(at, self._step)
+        return at
+
+    def finished(self, at: Progress) -> bool:
+        """Whether every step is done, and the last one evaluated."""
+        return at.step >= self.config.train.steps and at.step in self._record.evaluations()
+
+    def _is_last(self, at: Progress) -> bool:
+        return at.step == self.config.train.steps
+
+    def _log(self, at: Progress, done: Stepped, bar: Any) -> None:
+        """The rows of one step, where they are due."""
+        self._log_guard(at, bar)
+        if not (self._is_last(at) or _is_due(at.step, self.config.train.log_every_steps)):
+            return
+        rate = self._logged.rate()
+        row = {"step": at.step, "tokens": at.tokens, "loss": done.loss, "lr": done.lr}
+        self._record.log.write(row | {"grad_norm": done.grad_norm, "tokens_per_s": round(rate, 1)})
+        bar.set_postfix_str(f"loss {done.loss:.3f}, {rate:,.0f} tokens/s")
+        self._logged = _Clock()
+
+    def _log_guard(self, at: Progress, bar: Any) -> None:
+        """Write down which outputs the guard of ``invert`` keeps, whenever they change."""
+        added = self._step.model.guard_added()
+        if added == self._guarded:
+            return
+        self._guarded = added
+        self._record.log.write({"step": at.step, "invert_also_keeps": added})
+        layers = "; ".join(f"{position} of {list(kept)}" for position, kept in added.items())
+        _write(
+            bar,
+            f"step {at.step}: the error of invert would pass {self.config.train.invert_tolerance}; "
+            f"also kept are the outputs {layers or 'of no other block'}",
+        )
+
+    def _evaluation_due(self, step: int) -> bool:
+        train = self.config.train
+        return step in (0, train.steps) or _is_due(step, train.eval_every_steps)
+
+    def _evaluate(self, at: Progress, bar: Any) -> Evaluation | None:
+        bar.set_postfix_str("evaluating")
+        found = evaluate_unless(
+            lambda: self._stop.requested is not None,
+            self._step.model,
+            self._validation,
+            self.config.data.validation_tokens,
+        )
+        if found is not None:
+            row = {"step": at.step, "val_loss": found.loss, "val_perplexity": found.perplexity}
+            self._record.log.write(row | {"val_tokens": found.tokens})
+        return found
+
+
+class _Clock:
+    """Tokens and the time they took."""
+
+    def __init__(self) -> None:
+        self.tokens, self.elapsed_s = 0, 0.0
+
+    def add(self, tokens: int, elapsed_s: float) -> None:
+        self.tokens, self.elapsed_s = self.tokens + tokens, self.elapsed_s + elapsed_s
+
+    def rate(self) -> float:
+        """Tokens a second; 0 before the first."""
+        return self.tokens / self.elapsed_s if self.elapsed_s else 0.0
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Whether a step is one of every so many; 0: none is."""
+    return bool(every) and step % every == 0
+
+
+def _bar(steps: int, done: int, show: bool) -> tqdm[Any]:
+    return tqdm(
+        total=steps,
+        initial=done,
+        unit="step",
+        disable=not show,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file wants few lines
+    )
+
+
+def _write(bar: Any, line: str) -> None:
+    if not bar.disable:
+        bar.write(line, file=sys.stderr)
+
+
+def _progress_line(at: Progress, found: Evaluation) -> str:
+    return (
+        f"step {at.step}: validation loss {found.loss:.4f}, perplexity {found.perplexity:.2f} "
+        f"({at.tokens:,} tokens)"
+    )

@@ -1,0 +1,43 @@
+"""SIGINT and SIGTERM ask a run to save and stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+class Stop:
+    """Set by the first SIGINT or SIGTERM; the loop looks at it between steps."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Stop]:
+    """The first SIGINT or SIGTERM asks the loop to save and stop; the second ends at once."""
+    stop = Stop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: object) -> None:
+        for each in numbers:  # first of all: a second signal may come while the first is answered
+            signal.signal(each, signal.SIG_DFL)
+        stop.requested = signal.Signals(number).name
+        print(
+            f"\n{stop.requested}: saving after this step; once more ends at once", file=sys.stderr
+        )
+
+    try:
+        for number in numbers:
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

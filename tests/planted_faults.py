@@ -1,0 +1,745 @@
+"""Do the tests notice? Each fault is planted in a copy of the sources, and its tests must go red.
+
+    python tests/planted_faults.py [--only NAME ...] [--json PATH]
+
+``make faults`` runs all of them. A fault that no test notices is a hole in the tests: mend that by
+a test, not by taking the fault off the list. The working tree is never touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+# Not used here: the runs are forked, and need not import them once more.
+import cyclopts  # noqa: F401
+import matplotlib.figure  # noqa: F401
+import pytest
+import tokenizers  # noqa: F401
+import torch.optim
+import torch.utils.flop_counter  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("src", "tests", "docs", "pyproject.toml", "CONTRIBUTING.md", "README.md")
+LIMIT_S = 240
+"""Of one run of pytest."""
+AT_ONCE = 2
+"""Runs, each with one thread."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake, and who should notice."""
+
+    name: str
+    file: str
+    """Under ``src/crnet``."""
+    text: str
+    """Occurs once in the file."""
+    replacement: str
+    tests: tuple[str, ...]
+    """pytest node ids under ``tests``; one of them must fail."""
+
+
+def fault(name: str, file: str, text: str, replacement: str, *tests: str) -> Fault:
+    return Fault(name, file, text, replacement, tests)
+
+
+FORMULA = "test_linears_methods.py::test_formula"
+EQUATIONS = "test_model.py::test_equals_the_equations"
+DECODING = "test_architectures.py::test_logits_with_a_cache_are_those_without"
+EXACT = "test_architectures.py::test_exact_policies_agree_to_the_bit"
+EVALUATION = "test_train.py::test_evaluation_is_the_mean_over_tokens"
+RESUMED = "test_checkpoint.py::test_died_between_checkpoints_and_resumed"
+COST = "test_cost.py::test_kept_bytes_and_flops_are_exact"
+
+FAULTS = [
+    # Kernels.
+    fault(
+        "carry's gradient without the gain",
+        "kernels/carried.py",
+        "dcarry_MF = dy_MF * gain_1 if wants_carry else None",
+        "dcarry_MF = dy_MF if wants_carry else None",
+        "test_kernels.py::test_gradcheck",
+    ),
+    fault(
+        "gain's gradient with the wrong sign",
+        "kernels/carried.py",
+        "inner(dy_MF, carry_MF).to(gain_1.dtype)",
+        "inner(-dy_MF, carry_MF).to(gain_1.dtype)",
+        "test_kernels.py::test_gradcheck",
+    ),
+    fault(
+        "gradient of A is rounded",
+        "kernels/carried.py",
+        "da_DR = x_MD.T @ dz_MR if wants_a else None",
+        "da_DR = (dz_MR.T @ x_MD).T.bfloat16().to(x_MD.dtype) if wants_a else None",
+        "test_kernels.py::test_equals_naive",
+    ),
+    fault(
+        "the carry is not added",
+        "kernels/carried.py",
+        "return torch.addmm(y_MF, z_MR, b_RF, out=y_MF)",
+        "return torch.mm(z_MR, b_RF, out=y_MF)",
+        "test_kernels.py::test_equals_naive",
+    ),
+    fault(
+        "eq. 7 adds the increment",
+        "kernels/carried.py",
+        "torch.addmm(y_MF, z_MR, b_RF, alpha=-1)",
+        "torch.addmm(y_MF, z_MR, b_RF)",
+        "test_architectures.py::test_invert_agrees",
+    ),
+    fault(
+        "norm's gradient without what lies along x",
+        "kernels/elementwise.py",
+        "dx.addcmul_(normed, along_BT1, value=-1).mul_(inverse_BT1)",
+        "dx.mul_(inverse_BT1)",
+        "test_kernels.py::test_gradcheck",
+    ),
+    fault(
+        "SwiGLU's slope without a term",
+        "kernels/elementwise.py",
+        "slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)",
+        "slope = silu.addcmul_(silu, sigmoid, value=-1)",
+        "test_kernels.py::test_gradcheck",
+    ),
+    fault(
+        "rotation's backward rotates forward",
+        "kernels/elementwise.py",
+        "_rotate(dy_BTNH, cos_T1H, sin_T1H, -1)",
+        "_rotate(dy_BTNH, cos_T1H, sin_T1H, 1)",
+        "test_kernels.py::test_gradcheck",
+    ),
+    fault(
+        "ignored targets get a gradient",
+        "kernels/loss.py",
+        "slope_CV = slope_CV.mul_(kept_C1).to(x_MD.dtype)",
+        "slope_CV = slope_CV.to(x_MD.dtype)",
+        "test_kernels.py::test_ignored_rows_get_exactly_no_gradient",
+    ),
+    # Parameterizations and streams.
+    fault(
+        "gain without eps",
+        "linears/crnet/module.py",
+        "return beta + EPS * torch.sign(beta.detach())",
+        "return beta",
+        "test_linears.py::test_gain",
+    ),
+    fault(
+        "gradient of beta doubled",
+        "linears/crnet/module.py",
+        "return beta + EPS * torch.sign(beta.detach())",
+        "return 2 * beta - beta.detach() + EPS * torch.sign(beta.detach())",
+        "test_linears.py::test_gain",
+        EQUATIONS,
+    ),
+    fault(
+        "invert divides by a gain that is off",
+        "linears/crnet/module.py",
+        "return carry_from(output_BTF, bottleneck, self.B, gain(self.beta))",
+        "return carry_from(output_BTF, bottleneck, self.B, 1.01 * gain(self.beta))",
+        "test_architectures.py::test_invert_agrees",
+    ),
+    fault(
+        "a carry of the first block is that of the block below",
+        "layers/block.py",
+        'sources = ("first", "below") if block.layer_idx == 0 else ("below",)',
+        'sources = ("first", "below")',
+        EQUATIONS,
+    ),
+    fault(
+        "SiLU's slope at the wrong place in CoLA",
+        "linears/cola/module.py",
+        "torch.ops.aten.silu_backward(dy_MF @ b_RF.T, z_MR)",
+        "torch.ops.aten.silu_backward(dy_MF @ b_RF.T, silu(z_MR))",
+        FORMULA,
+    ),
+    fault(
+        "gradient of LoRA's B without the scale",
+        "linears/lora/module.py",
+        "(z_MR.T @ dy_MF).mul_(ctx.scale)",
+        "(z_MR.T @ dy_MF)",
+        FORMULA,
+    ),
+    fault(
+        "ReLoRA merges without the scale",
+        "linears/lora/module.py",
+        "torch.addmm(weight_FD, b_RF.T, a_DR.T, alpha=self.scale)",
+        "torch.addmm(weight_FD, b_RF.T, a_DR.T)",
+        "test_linears_methods.py::test_relora_merge",
+    ),
+    fault(
+        "SLTrain's values take the transposed gradient",
+        "linears/sltrain/module.py",
+        "dweight_FD.reshape(-1).index_select(0, index_S)",
+        "dweight_FD.T.reshape(-1).index_select(0, index_S)",
+        FORMULA,
+    ),
+    fault(
+        "SLTrain's support is not sorted",
+        "linears/sltrain/__init__.py",
+        "return order[:count].sort().values",
+        "return order[:count]",
+        "test_linears_methods.py::test_sltrain_support",
+    ),
+    fault(
+        "all maps share one support",
+        "model/build.py",
+        "return generator_of(seed, owner, word)",
+        "return generator_of(seed, word)",
+        "test_linears_methods.py::test_maps_have_values_of_their_own",
+    ),
+    fault(
+        "all tensors start from the same random numbers",
+        "model/build.py",
+        "yield name, _drawn(tensor, generator_of(seed, name))",
+        "yield name, _drawn(tensor, generator_of(seed))",
+        "test_linears_methods.py::test_maps_have_values_of_their_own",
+    ),
+    fault(
+        "LaX hands on its output",
+        "linears/lax/module.py",
+        'hands = "bottleneck"',
+        'hands = "output"',
+        "test_linears_methods.py::test_recomputation",
+    ),
+    fault(
+        "LaX drops the gradient from the block above",
+        "linears/lax/module.py",
+        "torch.addmm(dabove_MR, dy_MF, b_RF.T)",
+        "dy_MF @ b_RF.T",
+        FORMULA,
+    ),
+    fault(
+        "Value ResFormer mixes its gains up",
+        "linears/value_resformer/module.py",
+        "dcarry_MF = dy_MF * gain1 if wants_carry else None",
+        "dcarry_MF = dy_MF * gain2 if wants_carry else None",
+        FORMULA,
+    ),
+    fault(
+        "average's gradient without its norm",
+        "streams/attnres/module.py",
+        ".addcmul_(along_BT.unsqueeze(-1), v, value=-1)",
+        "",
+        "test_streams.py::test_average_gradcheck",
+    ),
+    # Layers and the model.
+    fault(
+        "attention looks ahead",
+        "layers/attention.py",
+        "is_causal=context.caches is None,",
+        "is_causal=False,",
+        "test_architectures.py::test_causal",
+    ),
+    fault(
+        "values are rotated",
+        "layers/attention.py",
+        'if tables is not None and position != "v":',
+        "if tables is not None:",
+        EQUATIONS,
+    ),
+    fault(
+        "gate and up change places",
+        "layers/feedforward.py",
+        "swiglu(gate_BTF, up_BTF)",
+        "swiglu(up_BTF, gate_BTF)",
+        EQUATIONS,
+    ),
+    fault(
+        "new tokens see one token too many",
+        "layers/cache.py",
+        "mask.tril(num_seen - num_new)",
+        "mask.tril(num_seen - num_new + 1)",
+        DECODING,
+    ),
+    fault(
+        "a cache forgets where it stands",
+        "model/language_model.py",
+        "start = caches[0].length if caches else 0",
+        "start = 0",
+        DECODING,
+    ),
+    fault(
+        "learned positions begin at 0",
+        "architectures/gpt2/__init__.py",
+        "positions[start:end]",
+        "positions[: end - start]",
+        DECODING,
+    ),
+    fault(
+        "gelu without tanh",
+        "layers/feedforward.py",
+        'approximate="tanh"',
+        'approximate="none"',
+        "test_architectures.py::test_gpt2_is_transformers_gpt2",
+    ),
+    fault(
+        "a tied head is untied",
+        "model/build.py",
+        "    model.to_empty(device=device)\n    model.tie_head()\n",
+        "    model.to_empty(device=device)\n",
+        "test_architectures.py::test_tensors_are_the_parameters",
+    ),
+    fault(
+        "a bf16 run casts whole numbers",
+        "model/build.py",
+        "parameter.detach().to(DTYPES[spec.dtype] or dtype)",
+        "parameter.detach().to(dtype)",
+        "test_contract.py::test_contract[sltrain]",
+    ),
+    # Recomputation.
+    fault(
+        "the stream is rebuilt without biases",
+        "recompute/second_run.py",
+        "{name: with_bias(maps[name], outputs[name]) for name in run.block.writes}",
+        "{name: outputs[name] for name in run.block.writes}",
+        EXACT,
+    ),
+    fault(
+        "replay takes the carry of another position",
+        "recompute/replay.py",
+        "linear.up_project(bottlenecks[position], carries.get(position))",
+        'linear.up_project(bottlenecks[position], carries.get({"k": "v"}.get(position, position)))',
+        EXACT,
+    ),
+    fault(
+        "the guard of invert keeps nothing",
+        "recompute/engine.py",
+        "return added_layers(self.plan, gains, units)",
+        "return {}",
+        "test_train.py::test_the_plan_is_in_the_manifest_and_the_guard_in_the_metrics",
+    ),
+    # Cost.
+    fault(
+        "kept bytes without the gain",
+        "linears/_declarations.py",
+        "kept_bytes=rows * slot.rank * item_bytes + gain_bytes,",
+        "kept_bytes=rows * slot.rank * item_bytes,",
+        f"{COST}[fp32-crnet]",
+    ),
+    fault(
+        "backward FLOPs of a dense map halved",
+        "linears/_declarations.py",
+        "backward_flops=4 * rows * items,\n        weight_items=items,\n        unrepeated",
+        "backward_flops=2 * rows * items,\n        weight_items=items,\n        unrepeated",
+        f"{COST}[fp32-full]",
+    ),
+    fault(
+        "attention's sums are not kept",
+        "architectures/llama/__init__.py",
+        "kept_bytes=statistics + rows * (h + kv) * e + sums,",
+        "kept_bytes=statistics + rows * (h + kv) * e,",
+        f"{COST}[fp32-full]",
+    ),
+    fault(
+        "peak without the layers that the guard added",
+        "cost/peak.py",
+        "kept = kept_outputs(micro_batch, plan, added)",
+        "kept = kept_outputs(micro_batch, plan, {})",
+        "test_cost.py::test_the_peak_counts_what_the_guard_adds",
+    ),
+    fault(
+        "state without the step counter",
+        "optimizers/adamw.py",
+        "return 2 * spec.num_items * item_bytes + 4",
+        "return 2 * spec.num_items * item_bytes",
+        "test_optimizers.py::test_state_bytes",
+    ),
+    fault(
+        "state without the projection that is kept",
+        "optimizers/apollo/__init__.py",
+        'items += options.rank * min(spec.shape) if options.projection == "kept" else 0',
+        "items += 0",
+        "test_optimizers.py::test_state_bytes",
+    ),
+    # Optimizers and schedules.
+    fault(
+        "factors learn at the base rate",
+        "train/step.py",
+        'group["lr"] = lr * group["lr_factor"]',
+        'group["lr"] = lr',
+        "test_train.py::test_factors_take_their_share_of_the_rate",
+    ),
+    fault(
+        "norms decay",
+        "optimizers/__init__.py",
+        '"weight_decay": settings.weight_decay if decays else 0.0,',
+        '"weight_decay": settings.weight_decay,',
+        "test_contract.py::test_contract[adamw]",
+    ),
+    fault(
+        "nothing is forgotten",
+        "optimizers/__init__.py",
+        "value.masked_fill_(lost, 0)",
+        "value.masked_fill(lost, 0)",
+        "test_optimizer_state.py::test_forget_everything_but_the_counter",
+    ),
+    fault(
+        "moments take the dtype of their parameter",
+        "optimizers/__init__.py",
+        'optimizer.state[parameter] = _in_own_dtype(loaded, state["state"][index])',
+        "optimizer.state[parameter] = loaded",
+        "test_optimizer_state.py::test_states_keep_their_dtype_on_load",
+    ),
+    fault(
+        "all matrices share one projection",
+        "optimizers/_projection.py",
+        '(str(seed), name, "projection", str(refresh_idx))',
+        '(str(seed), "projection", str(refresh_idx))',
+        "test_optimizers.py::test_projection_follows_from_seed_name_and_refresh",
+    ),
+    fault(
+        "APOLLO's growth is not limited",
+        "optimizers/apollo/module.py",
+        "            self._limit(update, state)\n",
+        "            pass\n",
+        "test_optimizers.py::test_apollo_limits_growth_exactly",
+    ),
+    fault(
+        "Muon without momentum",
+        "optimizers/muon/module.py",
+        "momentum=options.momentum,",
+        "momentum=0.0,",
+        "test_optimizers.py::test_muon_is_torchs",
+    ),
+    fault(
+        "cosine one step late",
+        "schedules/cosine.py",
+        "done = (step - steps.warmup) /",
+        "done = (step - 1 - steps.warmup) /",
+        "test_schedules.py::test_cosine_of_the_common_protocol",
+    ),
+    fault(
+        "the decay of WSD begins one step late",
+        "schedules/wsd.py",
+        "left = (steps.total - step) /",
+        "left = (steps.total - step + 1) /",
+        "test_schedules.py::test_wsd",
+    ),
+    fault(
+        "restarts do not fall to zero",
+        "schedules/jagged_cosine.py",
+        "return done / rise * _cosine(",
+        "return _cosine(",
+        "test_schedules.py::test_jagged_cosine_of_relora",
+    ),
+    # Training.
+    fault(
+        "the last micro-batch is left out",
+        "train/step.py",
+        "for tokens, targets in micro_batches:",
+        "for tokens, targets in micro_batches[:-1] or micro_batches:",
+        "test_train.py::test_first_step_in_fp32_has_the_same_loss_and_norm",
+    ),
+    fault(
+        "micro-batches are averaged alike",
+        "train/step.py",
+        "(micro_loss / num_tokens).backward()",
+        "(micro_loss / (targets != IGNORED).sum() / len(micro_batches)).backward()",
+        "test_train.py::test_first_step_in_fp32_has_the_same_loss_and_norm",
+    ),
+    fault(
+        "gradients are not clipped",
+        "train/step.py",
+        "torch.nn.utils.clip_grads_with_norm_(self._parameters, clip, norm)",
+        "pass",
+        "test_train.py::test_gradients_are_clipped",
+    ),
+    fault(
+        "events come before the step",
+        "train/step.py",
+        "        self.optimizer.step()\n        self.run_events(step)\n",
+        "        self.run_events(step)\n        self.optimizer.step()\n",
+        "test_optimizer_state.py::test_events_come_after_their_step_and_the_optimizer_forgets",
+    ),
+    fault(
+        "the loss counts ignored targets",
+        "model/language_model.py",
+        "(targets_BT != IGNORED).sum()",
+        "targets_BT.new_tensor(targets_BT.numel())",
+        EVALUATION,
+    ),
+    fault(
+        "evaluation weighs batches, not tokens",
+        "inference/evaluate.py",
+        "loss_sum += loss.item()",
+        "loss_sum += (loss / count).item() * targets.numel()",
+        EVALUATION,
+    ),
+    # Data.
+    fault(
+        "the order of rows hangs on the batch size",
+        "data/rows.py",
+        "start = self.position + rank * share",
+        "start = self.position + rank * share + self.batch_size",
+        "test_data_rows.py::test_global_batch_does_not_depend_on_how_it_is_cut",
+    ),
+    fault(
+        "every epoch has the same order",
+        "data/order.py",
+        " ^ (position // np.uint64(num_rows)))",
+        " ^ (position // np.uint64(num_rows) * np.uint64(0)))",
+        "test_data_order.py::test_order_is_fixed_for_ever",
+    ),
+    fault(
+        "targets are the inputs",
+        "data/rows.py",
+        "both[:, 1:].astype(np.int64)",
+        "both[:, :-1].astype(np.int64)",
+        "test_data_rows.py::test_rows_equal_a_naive_reference",
+    ),
+    # Storage and resuming.
+    fault(
+        "a checkpoint is not verified",
+        "storage/checkpoint.py",
+        "    _verify(folder)\n    description",
+        "    description",
+        "test_checkpoint.py::test_damage_is_found_and_named",
+    ),
+    fault(
+        "a resumed run begins the data anew",
+        "train/loop.py",
+        "train.batch_size, at.position)",
+        "train.batch_size, 0)",
+        RESUMED,
+    ),
+    fault(
+        "a resumed run keeps the rows that were taken back",
+        "train/run.py",
+        "upto_step = at.step if saved else None",
+        "upto_step = None",
+        RESUMED,
+    ),
+    fault(
+        "random states stay behind",
+        "train/resume.py",
+        '    torch.set_rng_state(state["torch_rng"])\n',
+        "",
+        "test_checkpoint.py::test_the_state_of_other_random_numbers_comes_back",
+    ),
+    fault(
+        "the hash of a plugin is not compared",
+        "train/resume.py",
+        'elif now.sha256 != was["sha256"]:',
+        "elif False:",
+        "test_resume.py::test_plugins_are_written_down_and_compared",
+    ),
+    fault(
+        "a resumed run may be another",
+        "train/resume.py",
+        "if stays_on_resume(section, key):",
+        "if not stays_on_resume(section, key) and False:",
+        "test_resume.py::test_resume_refuses_another_model_data_or_seed_and_lists_all",
+    ),
+    # Words.
+    fault(
+        "compile under replay is let through",
+        "config/check.py",
+        'if policy not in ("none", "block") and train.compile:',
+        'if policy == "invert" and train.compile:',
+        "test_config.py::test_check_says_what_came_and_what_was_wanted",
+    ),
+    fault(
+        "two methods may have one name",
+        "registry.py",
+        "if method.name in found:",
+        "if method in found:",
+        "test_registry.py::test_a_name_that_is_taken_is_an_error_that_names_both",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a fault."""
+
+    name: str
+    word: str
+    """``caught``, ``missed``, ``text not found``, or ``broken``: the tests could not be run."""
+    by: str
+    """The first test that failed."""
+    elapsed_s: float
+
+
+def copy_tree(source: Path, target: Path) -> Path:
+    """Sources, tests, and what the tests read."""
+    for name in COPIED:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target / name)
+    return target
+
+
+@dataclass
+class Run:
+    """pytest at work on a tree, in a child of this process."""
+
+    pid: int
+    tree: Path
+    start_s: float
+    fault: Fault | None = None
+    """None: nothing is planted."""
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self.start_s
+
+    def output(self) -> str:
+        return (self.tree / "output.txt").read_text(encoding="utf-8", errors="replace")
+
+
+def start(tree: Path, tests: Sequence[str], planted: Fault | None = None) -> Run:
+    """Run tests on a tree. Forked: what has been imported here need not be imported there."""
+    run = Run(os.fork(), tree, time.perf_counter(), planted)
+    if run.pid:
+        return run
+    code = 3
+    try:
+        os.setsid()
+        os.chdir(tree)
+        file = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+        for descriptor in (1, 2):
+            os.dup2(file, descriptor)
+        os.environ["PYTHONPATH"] = str(tree / "src")
+        sys.path[0] = str(tree / "src")  # the script's own folder is not to be found
+        words = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree / 'pytest'}"]
+        code = pytest.main([*words, *(f"tests/{each}" for each in tests)])
+        sys.stdout.flush()
+    except BaseException:  # noqa: BLE001  a child must not go on in the code of its parent
+        traceback.print_exc()
+    finally:
+        os._exit(int(code))
+
+
+def finished(running: list[Run]) -> tuple[Run, int]:
+    """Wait for one of them; it is taken off the list. Exit code -1: it took too long."""
+    while True:
+        for run in running:
+            pid, status = os.waitpid(run.pid, os.WNOHANG)
+            late = not pid and run.elapsed_s > LIMIT_S
+            if late:
+                os.killpg(run.pid, signal.SIGKILL)
+                os.waitpid(run.pid, 0)
+            if pid or late:
+                running.remove(run)
+                return run, -1 if late else os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+
+
+def planted(each: Fault, clean: Path, tree: Path) -> str | None:
+    """Make a copy with the fault in it; else why there is none."""
+    text = (clean / "src" / "crnet" / each.file).read_text(encoding="utf-8")
+    if (count := text.count(each.text)) != 1:
+        return f"{count} times in {each.file}"
+    copy_tree(clean, tree)
+    path = tree / "src" / "crnet" / each.file
+    path.write_text(text.replace(each.text, each.replacement), encoding="utf-8")
+    return None
+
+
+def judge(run: Run, code: int) -> Verdict:
+    """What a run with a fault has shown."""
+    assert run.fault is not None
+    name, output = run.fault.name, run.output()
+    failed = re.search(r"^FAILED tests/(\S+)", output, re.M)
+    if code == 0:
+        return Verdict(name, "missed", "", run.elapsed_s)
+    if code == 1 and failed:
+        return Verdict(name, "caught", failed[1], run.elapsed_s)
+    last = output.strip().splitlines()[-1:] or [f"exit code {code}"]
+    return Verdict(name, "broken", last[0], run.elapsed_s)
+
+
+def verdicts(faults: Sequence[Fault], clean: Path) -> Iterator[Verdict]:
+    """Plant each, some at a time."""
+    running: list[Run] = []
+
+    def one() -> Verdict:
+        run, code = finished(running)
+        verdict = judge(run, code)
+        shutil.rmtree(run.tree, ignore_errors=True)
+        return verdict
+
+    for idx, each in enumerate(faults):
+        tree = clean.with_name(f"fault{idx}")
+        if reason := planted(each, clean, tree):
+            yield Verdict(each.name, "text not found", reason, 0.0)
+            continue
+        running.append(start(tree, each.tests, each))
+        if len(running) == AT_ONCE:
+            yield one()
+    while running:
+        yield one()
+
+
+def is_green(faults: Sequence[Fault], clean: Path) -> bool:
+    """Whether every selection passes where nothing is planted."""
+    tests = sorted({test for each in faults for test in each.tests})
+    parts = [part for idx in range(AT_ONCE) if (part := tests[idx::AT_ONCE])]
+    running = [
+        start(copy_tree(clean, clean.with_name(f"green{idx}")), part)
+        for idx, part in enumerate(parts)
+    ]
+    codes = []
+    while running:
+        run, code = finished(running)
+        codes.append(code)
+        if code:
+            print(run.output()[-3000:], file=sys.stderr)
+    return not any(codes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", action="append", default=[], help="a fault's name; repeatable")
+    parser.add_argument("--json", type=Path, help="where to write the verdicts")
+    given = parser.parse_args()
+    names = [each.name for each in FAULTS]
+    assert len(set(names)) == len(names), "two faults have one name"
+    if unknown := set(given.only) - {*names}:
+        parser.error(f"no fault is named {', '.join(sorted(unknown))}")
+    faults = [each for each in FAULTS if not given.only or each.name in given.only]
+    start_s = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        clean = copy_tree(ROOT, Path(temporary) / "clean")
+        green = is_green(faults, clean)
+        if not green:
+            print("tests fail where nothing is planted", file=sys.stderr)
+        width = max(map(len, names))
+        found = []
+        for each in verdicts(faults, clean):
+            found.append(each)
+            line = f"{each.word:<14} {each.name:<{width}} {each.elapsed_s:6.1f} s  {each.by}"
+            print(line, flush=True)
+    elapsed_s = time.perf_counter() - start_s
+    caught = sum(each.word == "caught" for each in found)
+    print(f"{caught} of {len(found)} faults were caught, in {elapsed_s:.0f} s")
+    if given.json:
+        report = {
+            "green": green,
+            "elapsed_s": elapsed_s,
+            "faults": [vars(each) for each in found],
+        }
+        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0 if green and caught == len(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

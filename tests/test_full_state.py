@@ -1,0 +1,129 @@
+"""Whole weights and states of a model that is split over two processes (FSDP2, gloo, CPU).
+
+Equality is by bits.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from crnet import optimizers
+from crnet.config.model_spec import model_spec
+from crnet.config.sections import ModelConfig
+from crnet.model.build import build
+from crnet.model.language_model import LanguageModel
+from crnet.optimizers import Settings
+from crnet.train import full_state
+from crnet.train.resume import all_weights, restore, snapshot
+
+pytestmark = pytest.mark.slow
+
+SHAPE = ModelConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    vocab_size=31,
+    rank="4",
+    tie_embeddings=True,
+)
+SETTINGS = Settings(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, seed=0)
+
+
+def whole() -> tuple[LanguageModel, torch.optim.Optimizer]:
+    model = build(model_spec(SHAPE), seed=3)
+    return model, optimizers.get("adamw").build(model.trained(), None, SETTINGS)
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step with gradients that are a function of the weights alone, item by item."""
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach() * 2 + 1
+    optimizer.step()
+
+
+def assert_same(found: object, wanted: object) -> None:
+    if isinstance(wanted, torch.Tensor):
+        assert isinstance(found, torch.Tensor)
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found, wanted)
+    elif isinstance(wanted, dict):
+        assert isinstance(found, dict)
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            assert_same(found[key], wanted[key])
+    else:
+        assert found == wanted
+
+
+def split_over_ranks(rank: int, port: int, folder: Path) -> None:
+    """One of two processes: two steps split over them, saved whole; then back, and one more."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    mesh = init_device_mesh("cpu", (2,))
+
+    def sharded() -> tuple[LanguageModel, torch.optim.Optimizer]:
+        model = build(model_spec(SHAPE), seed=3)
+        for block in model.sharded_parts():
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        method = optimizers.get("adamw")
+        return model, method.build(model.trained(), None, SETTINGS)
+
+    model, optimizer = sharded()
+    stepped(model, optimizer)
+    stepped(model, optimizer)
+    weights, state = all_weights(model), snapshot(optimizer)
+    if rank == 0:
+        torch.save({"weights": weights, "state": state}, folder / "two.pt")
+    else:
+        assert not weights
+        assert not state["optimizer"]
+    torch.distributed.barrier()
+    saved = torch.load(folder / "two.pt", weights_only=True)
+    other, other_optimizer = sharded()
+    full_state.load_full_weights(other, saved["weights"])
+    restore(other_optimizer, saved["state"], torch.device("cpu"))
+    stepped(other, other_optimizer)
+    weights, state = all_weights(other), snapshot(other_optimizer)
+    if rank == 0:
+        torch.save({"weights": weights, "state": state}, folder / "three.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes")
+def test_a_split_model_is_saved_as_a_whole_one_and_comes_back(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(split_over_ranks, (port, tmp_path), nprocs=2)  # type: ignore[attr-defined]
+    model, optimizer = whole()
+    for name, steps in (("two.pt", 2), ("three.pt", 1)):
+        for _ in range(steps):
+            stepped(model, optimizer)
+        saved = torch.load(tmp_path / name, weights_only=True)
+        assert_same(saved["weights"], {n: p.detach() for n, p in model.named_parameters()})
+        assert_same(saved["state"]["optimizer"], optimizer.state_dict())
+
+
+def test_a_single_process_asks_for_no_group() -> None:
+    model, optimizer = whole()
+    stepped(model, optimizer)
+    assert all_weights(model).keys() == dict(model.named_parameters()).keys()
+    assert "lm_head.weight" not in all_weights(model)
+    ours = snapshot(optimizer)["optimizer"]
+    assert_same(ours, optimizer.state_dict())
+    # The very tensors: nothing is copied.
+    assert ours["state"][0]["exp_avg"] is optimizer.state_dict()["state"][0]["exp_avg"]

@@ -1,0 +1,119 @@
+"""Every schedule: numbers of the papers to 1e-6, exact ends, one message for a bad option."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from crnet import schedules
+from crnet.schedules import Steps
+
+each_schedule = pytest.mark.parametrize("name", schedules.names())
+
+
+def options_of(name: str, **changed: Any) -> Any:
+    made = schedules.get(name).Options
+    return made(**changed) if made else None
+
+
+def factors(name: str, steps: Steps, at: list[int], **changed: Any) -> list[float]:
+    schedule, options = schedules.get(name), options_of(name, **changed)
+    assert schedule.problems(options, steps) == []
+    return [schedule.factor(step, options, steps) for step in at]
+
+
+@each_schedule
+@pytest.mark.parametrize("total", [40, 300, 10_000])
+def test_warms_up_stays_in_range_and_ends_at_the_floor(name: str, total: int):
+    """Exact at the ends; in (0, 1], but for the one step of a restart."""
+    steps = Steps(total, 0.1, 0.1)
+    found = factors(name, steps, list(range(1, total + 1)))
+    assert found[0] == pytest.approx(1 / steps.warmup, rel=1e-12)
+    assert found[int(steps.warmup) - 1] == max(found) == 1
+    assert found[-1] == pytest.approx(0.1, rel=1e-12)
+    assert sum(factor <= 0 for factor in found) <= 3
+    assert min(found) >= 0
+
+
+@each_schedule
+def test_no_warmup(name: str):
+    found = factors(name, Steps(20, 0.0, 0.0), [1, 20])
+    assert 0.9 < found[0] <= 1
+    assert found[1] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [(500, 0.5), (1000, 1), (3250, 0.868198), (5500, 0.55), (7750, 0.231802), (9999, 0.1)],
+)
+def test_cosine_of_the_common_protocol(step: int, factor: float):
+    assert factors("cosine", Steps(10_000, 0.1, 0.1), [step]) == [pytest.approx(factor, abs=1e-6)]
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [
+        (250, 0.5),
+        (500, 1),
+        (4999, 0.886878),
+        (5000, 0),
+        (5050, 0.440989),
+        (5099, 0.873159),
+        (5100, 0.881979),
+        (10_099, 0.555265),
+        (15_050, 0.116543),
+        (20_000, 0.1),
+    ],
+)
+def test_jagged_cosine_of_relora(step: int, factor: float):
+    steps = Steps(20_000, 500 / 20_000, 0.1)
+    options = {"restart_every": 5000, "rewarmup_steps": 100}
+    assert factors("jagged-cosine", steps, [step], **options) == [pytest.approx(factor, abs=1e-6)]
+    assert factors("jagged-cosine", steps, [step]) == [pytest.approx(factor, abs=1e-6)]
+
+
+def test_jagged_cosine_is_the_cosine_between_restarts():
+    steps = Steps(1000, 0.1, 0.1)
+    at = [*range(1, 250), *range(300, 500), 1000]
+    assert factors("jagged-cosine", steps, at, rewarmup_steps=50) == factors("cosine", steps, at)
+
+
+@pytest.mark.parametrize(
+    ("shape", "middle"), [("linear", 0.1 + 0.9 * 0.5), ("sqrt", 0.1 + 0.9 * (1 - 0.5**0.5))]
+)
+def test_wsd(shape: str, middle: float):
+    steps = Steps(1000, 0.1, 0.1)
+    found = factors("wsd", steps, [50, 100, 101, 800, 900, 1000], shape=shape)
+    assert found == pytest.approx([0.5, 1, 1, 1, middle, 0.1], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "warmup_frac", "word"),
+    [
+        ("wsd", {"decay_frac": 0.0}, 0.1, "decay-frac"),
+        ("wsd", {"decay_frac": 1.5}, 0.1, "decay-frac"),
+        ("wsd", {"decay_frac": 0.95}, 0.1, "whole run"),
+        ("jagged-cosine", {"restart_every": 300}, 0.1, "does not divide --train.steps 1000"),
+        ("jagged-cosine", {"restart_every": 0}, 0.1, "take 1 or more"),
+        ("jagged-cosine", {"rewarmup_steps": 0}, 0.1, "take 1 or more"),
+        ("jagged-cosine", {"restart_every": 100, "rewarmup_steps": 100}, 0.1, "take fewer"),
+        ("jagged-cosine", {"restart_every": 100}, 0.2, "warm-up"),
+    ],
+)
+def test_bad_options_are_named(name, changed, warmup_frac, word):
+    steps = Steps(1000, warmup_frac, 0.1)
+    problems = schedules.get(name).problems(options_of(name, **changed), steps)
+    assert len(problems) == 1
+    assert word in problems[0]
+    assert problems[0].startswith(f"--optimizer.{name}.")
+
+
+@each_schedule
+def test_options_are_flags_with_help(name: str):
+    made = schedules.get(name).Options
+    if made is not None:
+        assert made.__doc__
+        assert dataclasses.is_dataclass(made)
+        assert made() == made()
