@@ -170,7 +170,6 @@ class Work:
     """Of the forward: what comes after the last tensor that autograd keeps."""
     transient_bytes: int = 0
     """Alive in the backward pass for a moment, beyond its gradients."""
-    forward_transient_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,18 @@ def choose(section: Any, key: str, name: str) -> Any:
     return dataclasses.replace(section, **changes)
 
 
+def settings_of(section: BaseOptimizerConfig, seed: int) -> optimizers.Settings:
+    """What an optimizer is told of its section and the run's seed."""
+    return optimizers.Settings(
+        lr=section.lr,
+        beta1=section.beta1,
+        beta2=section.beta2,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        seed=seed,
+    )
+
+
 def _with_options(base: type, name: str, seams: Sequence[ModuleType]) -> Any:
     """``base`` with one field for each method that has options."""
     fields = [

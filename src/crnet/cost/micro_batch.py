@@ -198,10 +198,6 @@ class BlockBytes:
         """Of what a position hands on, in its own dtype."""
         return self.outputs[name] if read.of == "output" else self.bottlenecks[name]
 
-    def written_bytes(self, name: str) -> int:
-        """Of what a sublayer writes: the output, or its sum with a bias."""
-        return self.outputs[name]
-
     def autograd_outputs(self) -> int:
         """Bytes of outputs that stay where autograd keeps everything.
 

@@ -12,7 +12,13 @@ from torch import Tensor
 from crnet import optimizers, schedules
 from crnet.architectures import Architecture
 from crnet.config.model_spec import ModelSpec, model_spec
-from crnet.config.sections import ModelConfig, OptimizerConfig, field_name, options_of
+from crnet.config.sections import (
+    ModelConfig,
+    OptimizerConfig,
+    field_name,
+    options_of,
+    settings_of,
+)
 from crnet.linears import Parameterization
 from crnet.model.build import build
 from crnet.model.events import run_events
@@ -42,10 +48,7 @@ class Example:
 
     @property
     def settings(self) -> Settings:
-        chosen = self.optimizer
-        return Settings(
-            chosen.lr, chosen.beta1, chosen.beta2, chosen.eps, chosen.weight_decay, seed=0
-        )
+        return settings_of(self.optimizer, seed=0)
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:
         return build(self.spec, seed, dtype=dtype)

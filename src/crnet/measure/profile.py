@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from crnet import optimizers
-from crnet.config.sections import options_of
+from crnet.config.sections import options_of, settings_of
 from crnet.cost.parameters import num_parameters, terms
 from crnet.cost.table import CostRow, make_rows, plans
 from crnet.cost.workload import Workload
@@ -54,10 +54,7 @@ class Probe:
         self.model.run_events(0, seed)
         chosen = work.optimizer
         method = optimizers.get(chosen.name)
-        settings = optimizers.Settings(
-            chosen.lr, chosen.beta1, chosen.beta2, chosen.eps, chosen.weight_decay, seed
-        )
-        options = options_of(chosen, method.name)
+        options, settings = options_of(chosen, method.name), settings_of(chosen, seed)
         self.optimizer = method.build(self.model.trained(), options, settings)
         generator = torch.Generator().manual_seed(seed)
         shape = (micro_batch.sequences, micro_batch.length)

@@ -12,9 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from crnet.config.units import GIB
 from crnet.paper.sizes import Sizes, crnet_ranks, num_parameters, sizes_of
 
-GIB = 2**30
 A100_FLOPS, PCIE_BYTES = 312e12, 64e9  # a second, appendix G
 FF_RATIO = 8 / 3
 """f / h where the paper writes a number for it (C.2, G)."""

@@ -18,7 +18,7 @@ import torch
 from crnet import optimizers
 from crnet.config.check import check
 from crnet.config.model_spec import ModelSpec
-from crnet.config.sections import RunConfig, options_of
+from crnet.config.sections import RunConfig, options_of, settings_of
 from crnet.cost.workload import workload
 from crnet.data.prepare import prepare
 from crnet.data.rows import Rows, check_enough, validation_hash
@@ -207,13 +207,6 @@ def make_step(
 def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optimizer:
     """The optimizer of a model's trained parameters."""
     section = config.optimizer
-    settings = optimizers.Settings(
-        lr=section.lr,
-        beta1=section.beta1,
-        beta2=section.beta2,
-        eps=section.eps,
-        weight_decay=section.weight_decay,
-        seed=config.train.seed,
-    )
+    settings = settings_of(section, config.train.seed)
     method = optimizers.get(section.name)
     return method.build(model.trained(), options_of(section, section.name), settings)

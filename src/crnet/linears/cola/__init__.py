@@ -55,7 +55,6 @@ class CoLA(Parameterization):
         return dataclasses.replace(
             factors_work(slot, rows, item_bytes),
             transient_bytes=activated,
-            forward_transient_bytes=activated,
         )
 
     def make(self, slot: Slot, options: CoLAOptions):

@@ -73,7 +73,6 @@ class SLTrain(Parameterization):
             backward_flops=2 * items * (3 * slot.rank + 2 * rows),
             weight_items=of_factors + _num_values(slot.in_size, slot.out_size, options.delta),
             transient_bytes=items * item_bytes,
-            forward_transient_bytes=items * item_bytes,
         )
 
     def initial_value(self, name, slot, options, generator):
