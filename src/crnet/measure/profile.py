@@ -22,7 +22,6 @@ from crnet.config.sections import options_of, settings_of
 from crnet.cost.parameters import num_parameters, terms
 from crnet.cost.table import CostRow, make_rows, plans
 from crnet.cost.workload import Workload
-from crnet.kernels import loss
 from crnet.measure.memory import peak_bytes, saved_bytes
 from crnet.model.build import build
 from crnet.recompute.plan import RecomputePlan
@@ -113,8 +112,7 @@ class Probe:
 
     def kept(self, plan: RecomputePlan) -> int:
         self.model.recompute(plan)
-        # torch's own loss keeps the head's gradients out of sight.
-        with loss.chunked_everywhere(), self.autocast():
+        with self.autocast():
             return saved_bytes(self.model, self.tokens, self.targets)
 
     def peak(self, plan: RecomputePlan) -> int:
@@ -140,7 +138,7 @@ class Probe:
     def forward_flops(self) -> tuple[int, int]:
         """Of the blocks, and of the head with its gradients, which the loss computes at once."""
         self.model.recompute(RecomputePlan())
-        with sdpa_kernel(SDPBackend.MATH), loss.chunked_everywhere():
+        with sdpa_kernel(SDPBackend.MATH):
             with FlopCounterMode(display=False) as both:
                 self.forward()
             with FlopCounterMode(display=False) as blocks, torch.no_grad(), self.autocast():
