@@ -48,8 +48,11 @@ class CostRow:
 def plans(work: Workload) -> dict[str, RecomputePlan]:
     """Every recompute policy that the model can have, with its usual plan; the configured one as
     configured."""
-    found = {policy: usual_plan(work.micro_batch, policy) for policy in policies(work.micro_batch)}
-    return found | ({work.plan.policy: work.plan} if work.plan.policy in found else {})
+    micro_batch, chosen = work.micro_batch, work.plan
+    return {
+        policy: chosen if policy == chosen.policy else usual_plan(micro_batch, policy)
+        for policy in policies(micro_batch)
+    }
 
 
 def cost_rows(work: Workload, on: Device | None = None, ranks: int = 1) -> list[CostRow]:
