@@ -32,7 +32,7 @@ def _published(
 ) -> RunConfig:
     """``sizes``: h, f, heads, blocks."""
     names = ("hidden_size", "intermediate_size", "num_heads", "num_layers")
-    shape = dict(zip(names, sizes, strict=True)) | model
+    shape: dict[str, Any] = {**dict(zip(names, sizes, strict=True)), **model}
     return RunConfig(
         preset=preset,
         model=ModelConfig(rank="aligned-parameters", **shape),
