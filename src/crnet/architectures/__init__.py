@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crnet.registry import discover, find
-from crnet.specs import BlockWork, Position, Shape, TensorSpec
+from crnet.specs import BlockWork, Passes, Position, Shape, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,10 @@ class Architecture:
     def last_norm_bytes(self, batch: Batch) -> int:
         """What the last norm keeps beside its input."""
         return 4 * batch.rows
+
+    def last_norm_passes(self, shape: Shape, batch: Batch) -> tuple[Passes, Passes]:
+        """Elementwise work of the last norm, forward and backward."""
+        return Passes(), Passes()
 
     def make_block(
         self, shape: Shape, options: Any, layer_idx: int, keeps_activation: bool

@@ -28,7 +28,8 @@ def cost(
     Parameters
     ----------
     device
-        Also the time of a step on a100-40g, a100-80g, h100, h200, cpu or FLOPS,GBPS (roofline).
+        Also the time of a step, eager, compiled and fused, on a100-80g, h100, h200, l40s, rtx-4090,
+        ..., cpu, or FLOPS,GBPS that a device reaches.
     ranks
         Also the communication between so many devices.
     plot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset
 from crnet.cli.layering import DEFAULTS, Settings
@@ -15,6 +16,7 @@ def profile(
     /,
     *,
     rounds: int = 3,
+    device: str | None = None,
     config: ConfigFiles = (),
     as_json: Json = False,
     settings: Settings = DEFAULTS,
@@ -25,6 +27,8 @@ def profile(
     ----------
     rounds
         Steps that are timed.
+    device
+        What it runs on, for the time foreseen: as crnet cost --device; none: by the device's name.
     """
     run_config = settings.of(preset)
     check(run_config)
@@ -33,25 +37,35 @@ def profile(
 
     import torch
 
-    from crnet.cost import table
-    from crnet.cost.hardware import device_of
+    from crnet.cost import hardware, table
     from crnet.cost.workload import workload
     from crnet.inference.load import pick_device
-    from crnet.measure.profile import measured
+    from crnet.measure.profile import measured, precision_advice, product_seconds
 
-    device = pick_device(settings.train.device)
+    where = pick_device(settings.train.device)
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    work, on = workload(run_config), device_of(device.type, name)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else ""
+    on = hardware.device(device) if device else hardware.device_of(where.type, name)
+    if on is None:
+        print(
+            f"{name} is not among the known devices: no time is foreseen; "
+            "say --device FLOPS,GBPS that it reaches",
+            file=sys.stderr,
+        )
+    work = workload(run_config)
     rows = table.cost_rows(work, on)
-    seen = measured(work, device, seed=settings.train.seed, rounds=rounds)
+    seen = measured(work, where, seed=settings.train.seed, rounds=rounds)
+    products = product_seconds(work, where)
     if as_json:
         sides = {"predicted": rows, "measured": seen}
-        print(json.dumps({k: [vars(row) for row in v] for k, v in sides.items()}, indent=1))
+        found = {side: [vars(row) for row in each] for side, each in sides.items()}
+        advice = {"product_s": products, "advice": precision_advice(products)}
+        print(json.dumps(found | advice, indent=1))
     else:
         print(f"{'':36}{'predicted':>20}{'measured':>20}{'difference':>14}")
         print(table.render(rows, table.titles(work, on), seen))
+        print(precision_advice(products))
 
 
 COMMAND = Command(profile, layers="run")

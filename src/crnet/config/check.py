@@ -38,7 +38,7 @@ def check(config: RunConfig) -> None:
     if not any(problem.startswith(("--model.", "--optimizer.")) for problem in problems):
         problems += _method_problems(config)
     if _positive(train.batch_size, train.micro_batch_size) and (
-        train.batch_size % (train.micro_batch_size or train.batch_size)
+        train.batch_size % min(train.micro_batch_size or train.batch_size, train.batch_size)
     ):
         problems.append(
             f"--train.batch-size {train.batch_size} is not divided by --train.micro-batch-size "

@@ -151,7 +151,7 @@ class TrainConfig:
     batch_size: Int = 8
     """Sequences per step."""
     micro_batch_size: Int | None = None
-    """Sequences per forward pass; none: the whole batch at once."""
+    """Most sequences per forward pass; none: the whole batch at once."""
     seed: Int = 0
     """Seed of the initial weights and of the order of the data."""
     precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"

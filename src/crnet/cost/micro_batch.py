@@ -24,6 +24,8 @@ class MicroBatch:
     sequences: int
     length: int
     precision: Precision = "fp32"
+    device_type: str = "cpu"
+    """torch's word for the kind of device: it decides the rows of a chunk of the loss."""
 
     @property
     def rows(self) -> int:

@@ -42,7 +42,8 @@ def loss_bytes(micro_batch: MicroBatch) -> int:
     """What the loss needs for a moment, beyond the two gradients that it keeps."""
     shape, e = micro_batch.spec.shape, micro_batch.compute_bytes
     head = shape.vocab_size * shape.hidden_size
-    chunk = min(micro_batch.rows, chunk_rows(shape.vocab_size, "cpu")) * shape.vocab_size
+    rows = min(micro_batch.rows, chunk_rows(shape.vocab_size, micro_batch.device_type))
+    chunk = rows * shape.vocab_size
     # A chunk's logits and their logarithms, fp32. Below fp32 its slope, and a product to be added.
     forward = max(8 * chunk, e * chunk + e * head) if e < 4 else 8 * chunk
     forward += 2 * head if micro_batch.is_mixed else 0  # the head's cast

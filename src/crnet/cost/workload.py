@@ -100,9 +100,9 @@ def workload(config: RunConfig) -> Workload:
 
 
 def micro_batch_of(config: RunConfig, spec: ModelSpec) -> MicroBatch:
-    """The micro-batch of a run on a model."""
+    """The micro-batch of a run on a model: never more than its batch."""
     train = config.train
-    sequences = train.micro_batch_size or train.batch_size
+    sequences = min(train.micro_batch_size or train.batch_size, train.batch_size)
     return MicroBatch(spec, sequences, config.data.sequence_length, train.precision)
 
 

@@ -55,8 +55,8 @@ def plot(config: RunConfig, path: Path) -> list[Path]:
     from matplotlib import pyplot
 
     memory, flops = bars(config)
-    sequences = config.train.micro_batch_size or config.train.batch_size
-    batch = f"micro-batch {sequences} x {config.data.sequence_length}"
+    micro_batch = workload(config).micro_batch
+    batch = f"micro-batch {micro_batch.sequences} x {micro_batch.length}"
     figure, panes = pyplot.subplots(1, 2, figsize=(12, 0.36 * len(memory) + 1.6), sharey=True)
     for pane, parts, label in (
         (panes[0], memory, f"GiB at the peak, {batch}"),
