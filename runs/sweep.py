@@ -48,8 +48,7 @@ def run_all(specs: Mapping[str, Sequence[str]], out: Path, jobs: int) -> dict[st
 def _run(name: str, words: Sequence[str], folder: Path, own_process: bool) -> dict:
     found = final_evaluation(folder)
     if found is None:
-        resume = ["--resume"] if (folder / "run.json").exists() else []
-        words = ["train", "--out", str(folder), *resume, *words]
+        words = ["train", *words, "--out", str(folder), "--resume", "auto"]
         problem = train(words) if own_process else train_here(words)
         if problem is not None:
             print(f"{name}: failed: {problem}", flush=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import cyclopts
 
 import crnet
-from crnet.cli.arguments import Command
+from crnet.cli.arguments import Command, whole_numbers
 from crnet.errors import ConfigError, TrainingError
 from crnet.registry import load_plugins
 
@@ -49,6 +49,7 @@ def build_app(only: str | None = None) -> cyclopts.App:
         help_epilogue="With every command: --plugins FILE.py adds methods of your own; repeatable.",
         help_flags=sorted(HELP),
         version=crnet.__version__,
+        config=(whole_numbers,),
     )
     for name in COMMANDS if only is None else (only,):
         app.command(command(name).function, name=name)
@@ -120,7 +121,8 @@ def app_for(words: list[str]) -> cyclopts.App:
         _, bound, _ = app.parse_args(words)
         behind = layering.behind(layers, bound.arguments)
         # Under the command's name: cyclopts drops a section that is named like a command (train).
-        app.config = tuple(cyclopts.config.Dict({name: v}, source=at) for at, v in behind)
+        values = (cyclopts.config.Dict({name: v}, source=at) for at, v in behind)
+        app.config = (*values, whole_numbers)
     return app
 
 

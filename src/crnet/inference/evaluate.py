@@ -1,8 +1,9 @@
 """Token-weighted loss over a fixed, hashed validation set, in fp32.
 
-The figure depends on the weights and the set alone: rows are read in file order, in batches whose
-size is fixed here (so the training micro-batch cannot change even the last bit), losses are summed
-in fp64 and divided by the number of target tokens.
+The figure depends on the weights and the set alone: which rows it has, and their order, are fixed
+(``data.rows.Rows.within``); they are read in batches whose size is fixed here (so the training
+micro-batch cannot change even the last bit), losses are summed in fp64 and divided by the number of
+target tokens.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from crnet.errors import ConfigError
 from crnet.inference.sampling import Sampling, sampling_problems
 from crnet.layers.cache import LayerCache
 from crnet.model.language_model import LanguageModel
+from crnet.model.seeds import generator_of
 
 _UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 
@@ -125,7 +126,7 @@ def generate(
 def _generate(
     model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int, limit: int
 ) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator = generator_of(sampling.seed, "sampling")
     # The last id is never read, so it needs no room.
     capacity = len(ids) + sampling.max_tokens - 1
     caches = model.new_caches(capacity) if sampling.use_cache else None

@@ -28,6 +28,7 @@ from crnet.measure.memory import peak_bytes, saved_bytes
 from crnet.measure.traffic import without_memory
 from crnet.model.build import build
 from crnet.model.language_model import LanguageModel
+from crnet.model.seeds import generator_of
 from crnet.recompute.plan import RecomputePlan
 
 
@@ -59,7 +60,7 @@ class Probe:
         method = optimizers.get(chosen.name)
         options, settings = options_of(chosen, method.name), settings_of(chosen, seed)
         self.optimizer = method.build(self.model.trained(), options, settings)
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed, "tokens")
         shape = (micro_batch.sequences, micro_batch.length)
         vocab_size = work.spec.shape.vocab_size
         self.tokens, self.targets = (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from crnet.config.model_spec import ModelSpec
 from crnet.kernels.loss import IGNORED, linear_cross_entropy
 from crnet.layers.block import Block, State, run_blocks
-from crnet.layers.cache import LayerCache
+from crnet.layers.cache import LayerCache, all_or_none
 from crnet.model.seeds import generator_of
 from crnet.recompute.engine import Recomputation
 from crnet.recompute.plan import Added, RecomputePlan
@@ -127,10 +127,11 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V), or (B, 1, V) of the last token where ``last_only``.
 
-        With ``caches``, the tokens continue what is in them.
+        With ``caches``, the tokens continue what is in them; where the pass fails, none is added.
         """
-        x_BTD = self.model(tokens_BT, caches)
-        return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
+        with all_or_none(caches or ()):
+            x_BTD = self.model(tokens_BT, caches)
+            return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """The normed stream after the last block, (B, T, D): the model without its head."""

@@ -27,19 +27,19 @@ def write_manifest(
     config: RunConfig,
     *,
     device: torch.device,
-    from_step: int,
+    start: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> None:
     """Write ``run.json``. That of an earlier start is not lost: its start is listed in the new one.
 
     Args:
         config: resolved.
-        from_step: where this start goes on; 0: a new run.
+        start: of this start alone: the step it goes on from, what it changes.
         facts: what else is to be in it, whatever JSON can hold.
     """
     path = run_dir / MANIFEST
     start = {
-        "from_step": from_step,
+        **start,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command_line": sys.argv,
         **describe_code(),

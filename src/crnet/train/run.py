@@ -33,7 +33,7 @@ from crnet.storage import checkpoint, files, metrics
 from crnet.storage.checkpoint import Checkpoint, Progress
 from crnet.storage.manifest import write_manifest
 from crnet.train.loop import Loop, Record
-from crnet.train.resume import check_folder, check_plugins, check_same_run, restore
+from crnet.train.resume import check_folder, check_plugins, restore, say_changes
 from crnet.train.signals import signals
 from crnet.train.step import Step
 
@@ -93,8 +93,7 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     saved = checkpoint.newest(run_dir) if resume else None
-    if saved is not None:
-        check_same_run(saved, config, corpus.hashes)
+    changed = say_changes(saved, config, corpus.hashes) if resume else []
     step = make_step(config, work.spec, device, saved)
     step.model.recompute(work.plan)
     if config.train.compile:
@@ -107,7 +106,8 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     }
     with files.writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_manifest(run_dir, config, device=device, from_step=at.step, facts=facts)
+        start = {"from_step": at.step, "resumed_with": changed}
+        write_manifest(run_dir, config, device=device, start=start, facts=facts)
         upto_step = at.step if saved else None
         log = metrics.Metrics(run_dir, upto_step=upto_step, tensorboard=config.train.tensorboard)
         tokenizer = {"tokenizer": prepared.tokenizer().save}
