@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Threads that wait do not spin: they share the cores with each other and with the programs they test.
+QUIET  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test test-slow test-gpu faults check lint types golden bench clean
@@ -25,10 +27,10 @@ demo: $(VENV)/base.stamp  ## train CR-Net beside full rank, a few minutes on two
 	$(BIN)/crnet demo $(DEMO)
 
 test: $(VENV)/dev.stamp  ## the tests, about four minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu' $(PYTEST)
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu' $(PYTEST)
 
 test-slow: $(VENV)/dev.stamp  ## the tests that take longer
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu' $(PYTEST)
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu' $(PYTEST)
 
 test-gpu: $(VENV)/dev.stamp  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST)
