@@ -36,7 +36,7 @@ test-gpu: $(VENV)/dev.stamp  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST)
 
 faults: $(VENV)/dev.stamp  ## plant faults one by one; the tests must notice each
-	$(BIN)/python tests/planted_faults.py
+	$(BIN)/python tests/planted_faults.py $(FAULTS)
 
 lint: $(VENV)/dev.stamp  ## ruff: style and format
 	$(BIN)/ruff check .
@@ -50,8 +50,9 @@ check: lint types test  ## what continuous integration runs
 golden: $(VENV)/dev.stamp  ## write the golden losses anew, after a change of computation that is meant
 	$(BIN)/python tests/golden.py
 
-bench: $(VENV)/base.stamp  ## time of the blocks: full rank, CR-Net, its plain version, plain low rank
-	$(BIN)/python benchmarks/block_time.py
+bench: $(VENV)/dev.stamp  ## time of a step and of the blocks, beside transformers and the plain formula
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/peers.py $(BENCH)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/block_time.py $(BENCH)
 
 clean:  ## remove the virtual environment and the caches of the tools
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
