@@ -1,7 +1,8 @@
 """What the environment of a process does to the time of a step: waiting threads, malloc.
 
     python benchmarks/environment.py [--preset llama-60m] [--linear crnet] [--micro-batch 4]
-                                     [--length 256] [--rounds 10] [--loads quiet busy] [--out F]
+                                     [--length 256] [--rounds 10] [--loads quiet busy]
+                                     [--sides torch passive malloc both] [--out F]
     python benchmarks/environment.py --quick [--out F]     # a tiny shape, one round
 
 ``torch``    no variable of those below is set: what a process gets by itself.
@@ -11,8 +12,9 @@
 
 Each side is a process of its own, because neither can be set later; all of them are started first,
 and then take one step each in turn, so that a drift of the machine meets all alike. ``busy``: one
-other process computes all the time. A first round is not counted. ``peak_rss_mib`` after all rounds
-shows whether memory that is kept grows.
+other process computes all the time. A first round is not counted. Ratios are to the first side that
+is named. ``peak_rss_mib`` after the first round and after all shows whether memory that is kept
+grows. On two busy cores a step of the sides that spin takes seconds to minutes, whatever the model.
 
 JSON: benchmark, date, command, options, processor, cores, code, load, loads.
 """
@@ -130,19 +132,25 @@ def measure(given: argparse.Namespace, sides: dict[str, Side]) -> dict[str, Any]
                     figures = side.step()
                     if number:
                         rows[name].append(figures)
-        found[kind] = {name: summary(each, rows["torch"]) for name, each in rows.items()}
+        first = rows[given.sides[0]]
+        found[kind] = {name: summary(each, first) for name, each in rows.items()}
     return found
 
 
-def summary(rows: list[dict[str, float]], plain: list[dict[str, float]]) -> dict[str, float]:
-    """Medians, and the median of the ratios within a round."""
+def summary(rows: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians, and the medians of the ratios within a round."""
     keys = ("s", "cpu_s", "page_faults")
     medians = {f"{key}_median": statistics.median(row[key] for row in rows) for key in keys}
-    ratios = (row["s"] / other["s"] for row, other in zip(rows, plain, strict=True))
+    ratios = {
+        f"{key}_to_first": statistics.median(
+            row[key] / other[key] for row, other in zip(rows, first, strict=True)
+        )
+        for key in ("s", "cpu_s")
+    }
     return {
         **medians,
-        "peak_rss_mib": rows[-1]["peak_rss_mib"],
-        "time_to_torch": statistics.median(ratios),
+        **ratios,
+        "peak_rss_mib": [rows[0]["peak_rss_mib"], rows[-1]["peak_rss_mib"]],
     }
 
 
@@ -157,6 +165,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--loads", nargs="+", default=["quiet", "busy"], choices=["quiet", "busy"])
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--quick", action="store_true", help=QUICK)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
@@ -170,7 +179,7 @@ def main() -> None:
         serve(given)
         return
     before = os.getloadavg()[0]
-    sides = {name: Side(variables, sys.argv[1:]) for name, variables in SIDES.items()}
+    sides = {name: Side(SIDES[name], sys.argv[1:]) for name in given.sides}
     for side in sides.values():
         side.ask()
     loads = measure(given, sides)
