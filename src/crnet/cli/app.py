@@ -73,7 +73,7 @@ def build_app(only: str | None = None) -> cyclopts.App:
     for name, module in COMMANDS.items():
         function = declared_function(Path(__file__).parent / f"{module}.py")
         path = f"crnet.cli.{module}:{function.name}"
-        app.command(path, name=name, help=ast.get_docstring(function))
+        app.command(path, name=name, help=ast.get_docstring(function, clean=False))
     return app
 
 
