@@ -25,6 +25,7 @@ from crnet.cost.workload import Workload
 from crnet.kernels import loss
 from crnet.measure.memory import peak_bytes, saved_bytes
 from crnet.model.build import build
+from crnet.model.padding import stored_on
 from crnet.recompute.plan import RecomputePlan
 
 
@@ -50,10 +51,10 @@ class Probe:
         self.work, self.device, self.rounds = work, device, rounds
         self.micro_batch = micro_batch = work.micro_batch
         dtype = torch.bfloat16 if micro_batch.precision == "bf16" else torch.float32
-        self.model = build(work.spec, seed, device, dtype)
-        self.model.run_events(0, seed)
         chosen = work.optimizer
         method = optimizers.get(chosen.name)
+        self.model = build(stored_on(work.spec, device, method), seed, device, dtype)
+        self.model.run_events(0, seed)
         options, settings = options_of(chosen, method.name), settings_of(chosen, seed)
         self.optimizer = method.build(self.model.trained(), options, settings)
         generator = torch.Generator().manual_seed(seed)
