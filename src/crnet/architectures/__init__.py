@@ -46,6 +46,9 @@ class Architecture:
     """The position whose output each sublayer writes."""
     ties_embeddings: bool = False
     """Whether the embedding is the head where the configuration does not say."""
+    pads: bool = False
+    """Whether a feed-forward whose maps give 0 in some columns has 0 there, and hands back a
+    gradient of 0."""
 
     def problems(self, shape: Shape, options: Any) -> list[str]:
         """What is wrong with sizes and options, one sentence each, with the mend."""

@@ -19,17 +19,22 @@ from crnet.data import tokenizer
 from crnet.errors import ConfigError
 from crnet.model.build import lay_out, to_memory
 from crnet.model.language_model import LanguageModel
+from crnet.model.padding import pad, stored_on
 from crnet.storage.checkpoint import WEIGHTS, Checkpoint
 
 
-def load_model(saved: Checkpoint, device: torch.device | str = "cpu") -> LanguageModel:
+def load_model(
+    saved: Checkpoint, device: torch.device | str = "cpu", spec: ModelSpec | None = None
+) -> LanguageModel:
     """The model with its weights, in the dtypes that they were trained in.
 
+    Args:
+        spec: of the checkpoint's model, as it is to be stored; None: as the device likes it.
     Raises:
         ConfigError: the weights are not those of the model that the configuration describes.
     Cost: the weights once from the disk; one copy on the CPU beside the model's own memory.
     """
-    spec = model_spec(saved.config.model)
+    spec = spec or stored_on(model_spec(saved.config.model), device)
     weights = saved.weights()
     dtype = weights_dtype(saved.config.train.precision)
     check_weights(spec, weights, dtype, saved.folder / WEIGHTS)
@@ -84,7 +89,7 @@ def copy_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
     """Copy weights, already checked, into a model that has memory for them."""
     parameters = dict(model.named_parameters())
     for name, weight in weights.items():
-        parameters[name].copy_(weight)
+        parameters[name].copy_(pad(weight, model.spec.stored_shapes[name]))
 
 
 def pick_device(name: str) -> torch.device:

@@ -28,6 +28,7 @@ from crnet.measure.memory import peak_bytes, saved_bytes
 from crnet.measure.traffic import without_memory
 from crnet.model.build import build
 from crnet.model.language_model import LanguageModel
+from crnet.model.padding import stored_on
 from crnet.model.seeds import generator_of
 from crnet.recompute.plan import RecomputePlan
 
@@ -54,10 +55,10 @@ class Probe:
         self.work, self.device, self.rounds = work, device, rounds
         self.micro_batch = micro_batch = work.micro_batch
         dtype = torch.bfloat16 if micro_batch.precision == "bf16" else torch.float32
-        self.model = build(work.spec, seed, device, dtype)
-        self.model.run_events(0, seed)
         chosen = work.optimizer
         method = optimizers.get(chosen.name)
+        self.model = build(stored_on(work.spec, device, method), seed, device, dtype)
+        self.model.run_events(0, seed)
         options, settings = options_of(chosen, method.name), settings_of(chosen, seed)
         self.optimizer = method.build(self.model.trained(), options, settings)
         generator = generator_of(seed, "tokens")

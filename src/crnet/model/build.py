@@ -11,6 +11,7 @@ from torch import Tensor
 from crnet.config.model_spec import ModelSpec
 from crnet.linears._maps import DTYPES
 from crnet.model.language_model import LanguageModel
+from crnet.model.padding import pad
 from crnet.model.seeds import generator_of
 from crnet.specs import TensorSpec
 
@@ -76,7 +77,7 @@ def fill(model: LanguageModel, seed: int) -> None:
         f"{sorted(parameters.keys() ^ model.spec.tensors.keys())}"
     )
     for name, value in initial_values(model.spec, seed):
-        _copy(parameters[name], value)
+        _copy(parameters[name], pad(value, model.spec.stored_shapes[name]))
 
 
 def initial_values(spec: ModelSpec, seed: int):

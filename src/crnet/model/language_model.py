@@ -69,7 +69,7 @@ def _make_block(spec: ModelSpec, layer_idx: int) -> Block:
         spec.shape, spec.architecture_options, layer_idx, spec.keeps_activation
     )
     maps = {}
-    for slot in spec.slots[layer_idx]:
+    for slot in spec.stored_slots[layer_idx]:
         maps[slot.position] = made = linear.make(slot, options)
         if "bias" in (tensors := spec.map_tensors(slot)):
             made.bias = nn.Parameter(torch.empty(tensors["bias"].shape))

@@ -43,6 +43,8 @@ class OptimizerMethod:
     """More ``Options`` that the contract is checked with (``measure.contract``)."""
     shards: bool = False
     """Whether it can run on parameters that are split over ranks."""
+    pads: bool = False
+    """Whether zeros that a matrix is filled up with stay, and change no other item's update."""
 
     def problems(self, options: Any) -> list[str]:
         """What is wrong with the options, one sentence each, with the mend."""

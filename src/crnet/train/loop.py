@@ -52,7 +52,7 @@ class Record:
         self.log.sync()
         contents = Contents(
             weights=all_weights(step.model),
-            state=snapshot(step.optimizer),
+            state=snapshot(step.optimizer, step.model.spec),
             config=step.config,
             progress=at,
             extra=self.extra,

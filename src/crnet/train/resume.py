@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from crnet import optimizers
+from crnet.config.model_spec import ModelSpec
 from crnet.config.resuming import Change, OnResume, changes
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import read_json
 from crnet.errors import ConfigError
 from crnet.model.language_model import LanguageModel
+from crnet.model.padding import cut, cut_state, pad_state
 from crnet.storage.checkpoint import Checkpoint
 from crnet.storage.manifest import MANIFEST
 from crnet.train.full_state import (
@@ -132,16 +134,23 @@ def _jump(saved: Checkpoint, config: RunConfig) -> Iterator[str]:
 
 
 def all_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """Every weight whole, by name; a tied head is listed once, as the embedding.
+    """Every weight whole, by name, in its declared shape; a tied head is listed once, as the
+    embedding.
 
     Split over ranks: on the CPU of rank 0, and nothing on other ranks.
     """
-    return full_weights(model) if is_distributed() else dict(model.named_parameters())
+    found = full_weights(model) if is_distributed() else dict(model.named_parameters())
+    declared = model.spec.tensors
+    return {name: cut(tensor, declared[name].shape) for name, tensor in found.items()}
 
 
-def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Optimizer and random states, as tensors and numbers (``torch.load(weights_only=True)``)."""
+def snapshot(optimizer: torch.optim.Optimizer, spec: ModelSpec) -> dict[str, Any]:
+    """Optimizer and random states, as tensors and numbers (``torch.load(weights_only=True)``).
+
+    ``spec``: of the model as it is stored; its padding is left out.
+    """
     found = full_optimizer_state(optimizer) if is_distributed() else optimizer.state_dict()
+    found = cut_state(found, spec)
     state: dict[str, Any] = {"optimizer": found, "torch_rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state_all()
@@ -149,11 +158,14 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def restore(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], device: torch.device
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    device: torch.device,
+    spec: ModelSpec,
 ) -> None:
     """Inverse of ``snapshot``."""
     load = load_full_optimizer_state if is_distributed() else optimizers.load_state
-    load(optimizer, state["optimizer"])
+    load(optimizer, pad_state(state["optimizer"], spec))
     torch.set_rng_state(state["torch_rng"])
     if device.type == "cuda" and "cuda_rng" in state:
         torch.cuda.set_rng_state_all(state["cuda_rng"])

@@ -28,6 +28,7 @@ from crnet.inference.evaluate import Evaluation
 from crnet.inference.load import load_model, pick_device, weights_dtype
 from crnet.model.build import build
 from crnet.model.language_model import LanguageModel
+from crnet.model.padding import stored_on
 from crnet.report.plots import plot_losses
 from crnet.storage import checkpoint, files, metrics
 from crnet.storage.checkpoint import Checkpoint, Progress
@@ -191,16 +192,17 @@ def make_step(
     config: RunConfig, spec: ModelSpec, device: torch.device, saved: Checkpoint | None
 ) -> Step:
     """Model and optimizer: initialised, or as a checkpoint has them."""
+    spec = stored_on(spec, device, optimizers.get(config.optimizer.name))
     if saved is None:
         dtype = weights_dtype(config.train.precision)
         model = build(spec, config.train.seed, device, dtype)
     else:
-        model = load_model(saved, device)
+        model = load_model(saved, device, spec)
     step = Step(config, model, make_optimizer(config, model), device)
     if saved is None:
         step.run_events(0)
     else:
-        restore(step.optimizer, saved.state(), device)
+        restore(step.optimizer, saved.state(), device, spec)
     return step
 
 

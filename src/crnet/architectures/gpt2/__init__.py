@@ -30,6 +30,7 @@ class GPT2(Architecture):
     Options = GPT2Options
     examples = (GPT2Options(max_length=16),)
     ties_embeddings = True
+    pads = True
 
     def problems(self, shape, options):
         found = []

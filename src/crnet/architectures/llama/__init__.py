@@ -13,6 +13,7 @@ from crnet.specs import BlockWork, Position, TensorSpec, constant, in_each_way, 
 class Llama(Architecture):
     name = "llama"
     summary = "RMSNorm, rotary embedding, gated feed-forward; seven positions"
+    pads = True
 
     def problems(self, shape, options):
         if shape.head_size % 2:

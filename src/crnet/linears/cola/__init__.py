@@ -35,6 +35,7 @@ class CoLA(Parameterization):
     summary = "a bottleneck with SiLU in every map"
     Options = CoLAOptions
     examples = (CoLAOptions(activation="bottleneck"),)
+    pads = True
     published_ranks = TABLE_RANKS
 
     def problems(self, options: CoLAOptions, slots) -> list[str]:

@@ -55,6 +55,7 @@ class CRNet(Parameterization):
     name = "crnet"
     summary = "output of the block below plus a low-rank increment (eq. 6)"
     Options: type | None = CRNetOptions
+    pads = True
     source: Literal["below", "first"] = "below"
     examples: tuple = (
         CRNetOptions(first_rank=3, carry_dtype="fp32"),

@@ -33,6 +33,7 @@ class LaX(Parameterization):
     summary = "low rank, bottlenecks of successive blocks added up"
     Options = LaXOptions
     examples = (LaXOptions(gate="scalar"),)
+    pads = True
     published_ranks = TABLE_RANKS
 
     def problems(self, options: LaXOptions, slots: Sequence[Slot]) -> list[str]:

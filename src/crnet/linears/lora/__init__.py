@@ -52,6 +52,7 @@ class LoRA(Parameterization):
     name = "lora"
     summary = "a frozen random matrix plus a trained low-rank update"
     Options: type | None = LoRAOptions
+    pads = True
     published_ranks = TABLE_RANKS
 
     def problems(self, options: LoRAOptions, slots) -> list[str]:
@@ -99,6 +100,7 @@ class ReLoRA(LoRA):
     name = "relora"
     summary = "LoRA that merges its update every so many steps"
     Options = ReLoRAOptions
+    pads = False  # a merge draws A anew, as long as it is
     examples = (ReLoRAOptions(merge_every=7, reset_every=6, kept_frac=0.1),)
 
     def problems(self, options: ReLoRAOptions, slots) -> list[str]:

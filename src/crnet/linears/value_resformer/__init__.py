@@ -20,6 +20,7 @@ class ValueResFormer(Parameterization):
     name = "value-resformer"
     summary = "dense matrices; values mixed with those of the first block"
     has_ranks = False
+    pads = True
 
     def problems(self, options, slots) -> list[str]:
         if any(slot.position == POSITION for slot in slots):
