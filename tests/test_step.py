@@ -10,6 +10,8 @@ import copy
 import functools
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,6 +281,22 @@ def test_initial_values_hang_on_no_thread() -> None:
         assert [name for name, _ in together] == list(spec.tensors)
         for (_, ours), (name, wanted) in zip(together, alone, strict=True):
             assert torch.equal(ours, wanted), name
+
+
+def test_a_model_is_built_without_torchs_compiler() -> None:
+    """Nor its symbols, in a process of its own: importing them is a second of every start."""
+    program = (
+        "import sys\n"
+        "from crnet.config.model_spec import model_spec\n"
+        "from crnet.config.sections import ModelConfig\n"
+        "from crnet.model.build import build\n"
+        "for name in ('llama', 'gpt2'):\n"
+        "    config = ModelConfig(architecture=name, hidden_size=12, vocab_size=9, rank='2')\n"
+        "    build(model_spec(config), 0)\n"
+        "print('torch' in sys.modules, 'torch._dynamo' in sys.modules, 'sympy' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False", "False"], done.stderr
 
 
 def test_drawing_values_may_be_given_up() -> None:

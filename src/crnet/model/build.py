@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from crnet.config.model_spec import ModelSpec
 from crnet.linears._maps import DTYPES
@@ -20,9 +21,20 @@ MOST_THREADS = 16
 """That draw initial values, each into memory of its own."""
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what torch's layers fill their weights with: there is no memory yet, and drawing
+    normal numbers on meta imports torch's compiler, a second of every start."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def lay_out(spec: ModelSpec) -> LanguageModel:
     """The model without memory for its parameters (on meta)."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         return LanguageModel(spec)
 
 
@@ -51,7 +63,14 @@ def to_memory(
     Under FSDP2, after ``fully_shard``: each rank's share alone.
     """
     set_dtype(model, dtype)
-    model.to_empty(device=device)
+
+    def empty(tensor: Tensor) -> Tensor:
+        if hasattr(tensor, "device_mesh"):  # a shard
+            return torch.empty_like(tensor, device=device)
+        # empty_like on meta, which Module.to_empty takes, imports sympy: half a second.
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    model._apply(empty)
     model.tie_head()
 
 

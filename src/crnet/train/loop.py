@@ -22,7 +22,7 @@ from crnet.train.resume import all_weights, snapshot
 from crnet.train.signals import Stop
 from crnet.train.step import Step, Stepped
 
-TOKENS_BEFORE_TRAINING = 16_384
+TOKENS_BEFORE_TRAINING = 8192
 """Most input tokens of the evaluation before the first step."""
 
 
