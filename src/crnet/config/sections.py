@@ -154,6 +154,8 @@ class TrainConfig:
     """auto: most memory for activations and their gradients, in GiB."""
     compile: Free[bool] = False
     """Compile the blocks with torch.compile."""
+    deterministic: Free[bool] = False
+    """The same bits from the same run on the same GPU, slower; on a CPU that is always so."""
     device: Free[str] = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU where there is one."""
     threads: Free[int | None] = None

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -173,10 +174,20 @@ class LanguageModel(nn.Module):
         """Keep for the backward pass what ``plan`` says, from now on."""
         self.model.runner = run_blocks if plan.policy == "none" else Recomputation(plan)
 
+    def fixed_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Around the micro-batches of a step: nobody changes a weight meanwhile."""
+        runner = self.model.runner
+        fixed = isinstance(runner, Recomputation)
+        return runner.fixed_weights() if fixed else contextlib.nullcontext()
+
     def guard_added(self) -> Added:
         """What the guard of recompute invert kept in the latest forward pass beyond its plan."""
         runner = self.model.runner
         return runner.added if isinstance(runner, Recomputation) else {}
+
+    def has_events(self, step: int) -> bool:
+        """Whether the parameterization has something due after ``step`` optimizer steps."""
+        return bool(list(self.spec.linear.events(step, self.spec.linear_options)))
 
     @torch.no_grad()
     def run_events(self, step: int, seed: int) -> Mapping[str, Forget]:

@@ -31,8 +31,9 @@ more at the peak, and hides the parameters from the hooks of DDP and FSDP2.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Recomputation:
         self.added: Added = {}
         """What ``invert``'s guard kept in the latest forward pass beyond the plan's layers, because
         the error would have passed the tolerance."""
+        self._fixed, self._guarded = False, False
 
     def __call__(self, blocks: Sequence[Block], state: State, context: Any) -> State:
         """Run every block; the backward pass after it does what the plan says.
@@ -73,6 +75,17 @@ class Recomputation:
             state = carries.take(block, returned)
             del returned
         return state
+
+    @contextlib.contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Meanwhile the weights do not change: the guard reads the gains once, which waits for the
+        device, and not in every forward pass. (Version counters do not tell: torch's fused
+        optimizers leave them alone.)"""
+        self._fixed, self._guarded = True, False
+        try:
+            yield
+        finally:
+            self._fixed = False
 
     def _checkpointed(self, blocks: Sequence[Block]) -> list[Any]:
         return [lambda carries: _checkpointed] * len(blocks)
@@ -93,7 +106,8 @@ class Recomputation:
                     "recompute invert turns a block's outputs into those of the block below, and "
                     "this parameterization does not carry them; take replay or block"
                 )
-        self.added = self._guard(blocks)
+        if not (self._fixed and self._guarded):
+            self.added, self._guarded = self._guard(blocks), True
         kept = inverted_layers(self.plan, len(blocks), positions, self.added)
         handed: dict[int, dict[str, Tensor]] = {}
         made = [

@@ -147,13 +147,15 @@ def all_weights(model: LanguageModel) -> dict[str, Tensor]:
 def snapshot(optimizer: torch.optim.Optimizer, spec: ModelSpec) -> dict[str, Any]:
     """Optimizer and random states, as tensors and numbers (``torch.load(weights_only=True)``).
 
-    ``spec``: of the model as it is stored; its padding is left out.
+    ``spec``: of the model as it is stored; its padding is left out. Random states are of the GPU
+    that the parameters are on, and of no other: asking one makes a context there.
     """
     found = full_optimizer_state(optimizer) if is_distributed() else optimizer.state_dict()
     found = cut_state(found, spec)
     state: dict[str, Any] = {"optimizer": found, "torch_rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state_all()
+    device = next(each for group in optimizer.param_groups for each in group["params"]).device
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(device)
     return state
 
 
@@ -168,4 +170,6 @@ def restore(
     load(optimizer, pad_state(state["optimizer"], spec))
     torch.set_rng_state(state["torch_rng"])
     if device.type == "cuda" and "cuda_rng" in state:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        found = state["cuda_rng"]  # older checkpoints: a list, of every GPU
+        found = found[device.index or 0] if isinstance(found, list) else found
+        torch.cuda.set_rng_state(found, device)

@@ -33,6 +33,7 @@ from crnet.report.plots import plot_losses
 from crnet.storage import checkpoint, files, metrics
 from crnet.storage.checkpoint import Checkpoint, Progress
 from crnet.storage.manifest import write_manifest
+from crnet.train.deterministic import deterministic
 from crnet.train.loop import Loop, Record
 from crnet.train.resume import check_folder, check_plugins, restore, say_changes
 from crnet.train.signals import signals
@@ -91,6 +92,7 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     work = workload(config)
     corpus = open_corpus(prepared, config)
     device = pick_device(config.train.device)
+    same = deterministic(device) if config.train.deterministic else contextlib.nullcontext()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     saved = checkpoint.newest(run_dir) if resume else None
@@ -114,7 +116,7 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
         tokenizer = {"tokenizer": prepared.tokenizer().save}
         last = saved.folder if saved else None
         record = Record(run_dir, log, corpus.hashes, tokenizer, last)
-        with contextlib.closing(log), signals() as stop:
+        with same, contextlib.closing(log), signals() as stop:
             loop = Loop(step, corpus.train, corpus.validation, record, stop)
             return _result(loop, loop.run(at, progress), record, work.num_parameters())
 
