@@ -16,28 +16,36 @@ from torch.autograd.function import once_differentiable
 from crnet.kernels.precision import compute_dtype
 
 
+def _rms_norm_forward(x_BTD, weight_D, eps, dtype):
+    x = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
+    inverse_BT1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse_BT1 = inverse_BT1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * inverse_BT1).to(dtype).mul_(weight_D.to(dtype)), inverse_BT1
+
+
+def _rms_norm_backward(dy_BTD, x_BTD, weight_D, inverse_BT1, wants_weight):
+    normed = x_BTD * inverse_BT1
+    dy = dy_BTD.to(normed.dtype)
+    dweight_D = None
+    if wants_weight:
+        dweight_D = (dy * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
+    dx = dy * weight_D
+    along_BT1 = torch.linalg.vecdot(dx, normed).unsqueeze(-1).div_(normed.shape[-1])
+    dx.addcmul_(normed, along_BT1, value=-1).mul_(inverse_BT1)
+    return dx.to(x_BTD.dtype), dweight_D
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTD, weight_D, eps, dtype):
-        x = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
-        inverse_BT1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse_BT1 = inverse_BT1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y_BTD, inverse_BT1 = _rms_norm_forward(x_BTD, weight_D, eps, dtype)
         ctx.save_for_backward(x_BTD, weight_D, inverse_BT1)
-        return (x * inverse_BT1).to(dtype).mul_(weight_D.to(dtype))
+        return y_BTD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BTD):
-        x_BTD, weight_D, inverse_BT1 = ctx.saved_tensors
-        normed = x_BTD * inverse_BT1
-        dy = dy_BTD.to(normed.dtype)
-        dweight_D = None
-        if ctx.needs_input_grad[1]:
-            dweight_D = (dy * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
-        dx = dy * weight_D
-        along_BT1 = torch.linalg.vecdot(dx, normed).unsqueeze(-1).div_(normed.shape[-1])
-        dx.addcmul_(normed, along_BT1, value=-1).mul_(inverse_BT1)
-        return dx.to(x_BTD.dtype), dweight_D, None, None
+        return *_rms_norm_backward(dy_BTD, *ctx.saved_tensors, ctx.needs_input_grad[1]), None, None
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -55,22 +63,29 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x_BTD, weight_D, eps, compute_dtype(x_BTD))
 
 
+def _swiglu_forward(gate, up):
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def _swiglu_backward(dy, gate, up):
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    dup = dy * silu
+    # d silu/d gate = sigmoid + silu (1 - sigmoid); one exponential instead of two.
+    slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)
+    return slope.mul_(up).mul_(dy), dup
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_BTF, up_BTF):
         ctx.save_for_backward(gate_BTF, up_BTF)
-        return torch.nn.functional.silu(gate_BTF).mul_(up_BTF)
+        return _swiglu_forward(gate_BTF, up_BTF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BTF):
-        gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        dup = dy_BTF * silu
-        # d silu/d gate = sigmoid + silu (1 - sigmoid); one exponential instead of two.
-        slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)
-        return slope.mul_(up).mul_(dy_BTF), dup
+        return _swiglu_backward(dy_BTF, *ctx.saved_tensors)
 
 
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
