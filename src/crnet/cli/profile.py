@@ -37,9 +37,11 @@ def profile(
     from crnet.cost.hardware import device_of
     from crnet.cost.workload import workload
     from crnet.inference.load import pick_device
+    from crnet.kernels import compiled
     from crnet.measure.profile import measured
 
     device = pick_device(settings.train.device)
+    compiled.choose(settings.train.kernels)
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

@@ -171,6 +171,8 @@ class TrainConfig:
     """auto: most memory for activations and their gradients, in GiB."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
+    kernels: Literal["auto", "eager"] = "auto"
+    """auto: on a CUDA device with Triton, fused kernels (docs/kernels.md); eager: torch's own."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU where there is one."""
     threads: Int | None = None
