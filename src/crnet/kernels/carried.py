@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crnet.kernels import carried_cuda
 from crnet.kernels.precision import cast, compute_dtype
 
 Known = tuple[Tensor, Tensor]
@@ -47,8 +48,12 @@ class _LowRank(torch.autograd.Function):
         x_MD, z_MR, a_DR, b_RF, carry_MF, gain_1 = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_carry, wants_gain = ctx.needs_input_grad[:5]
         # The elementwise passes come first, while dY is still in the cache from its producer.
-        dcarry_MF = dy_MF * gain_1 if wants_carry else None
-        dgain_1 = inner(dy_MF, carry_MF).to(gain_1.dtype).view(1) if wants_gain else None
+        if wants_carry and wants_gain and carried_cuda.takes_gradients(dy_MF):
+            dcarry_MF, dgain = carried_cuda.carry_gradients(dy_MF, carry_MF, gain_1)
+        else:
+            dcarry_MF = dy_MF * gain_1.to(dy_MF.dtype) if wants_carry else None
+            dgain = inner(dy_MF, carry_MF) if wants_gain else None
+        dgain_1 = None if dgain is None else dgain.to(gain_1.dtype).view(1)
         dy_MF = dy_MF.to(x_MD.dtype)
         dz_MR = dy_MF @ b_RF.T if wants_x or wants_a else None
         db_RF = z_MR.T @ dy_MF if wants_b else None
@@ -69,6 +74,8 @@ def _up_project(
 ) -> Tensor:
     if carry_MF is None or gain_1 is None:
         return z_MR @ b_RF
+    if carried_cuda.takes(z_MR):
+        return carried_cuda.up_project(z_MR, b_RF, carry_MF, gain_1)
     y_MF = carry_MF * gain_1
     if y_MF.dtype == z_MR.dtype:
         # Not addmm_: the same product, but torch's FLOP counter does not know it.
@@ -115,7 +122,9 @@ def carried_lowrank(
             f"B {tuple(b_RF.shape)}, carry {tuple(carry_BTF.shape)} (wanted {wanted})"
         )
     dtype = carry_dtype or compute_dtype(x_BTD)
-    return _apply(x_BTD, a_DR, b_RF, carry_BTF.to(dtype), gain_1.to(dtype), known)
+    (x,) = cast(x_BTD)
+    gain_1 = carried_cuda.gain_for(x, gain_1, dtype)
+    return _apply(x, a_DR, b_RF, carry_BTF.to(dtype), gain_1, known)
 
 
 def low_rank(x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, known: Known | None = None) -> Tensor:
@@ -154,7 +163,7 @@ def up_project(
     """
     dtype = carry_dtype or z_BTR.dtype
     carry_MF = None if carry_BTF is None else rows(carry_BTF.to(dtype))
-    gain_1 = None if gain_1 is None else gain_1.to(dtype)
+    gain_1 = None if gain_1 is None else carried_cuda.gain_for(z_BTR, gain_1, dtype)
     y_MF = _up_project(rows(z_BTR), b_RF.to(z_BTR.dtype), carry_MF, gain_1)
     return y_MF.view(*z_BTR.shape[:-1], -1)
 
@@ -174,11 +183,13 @@ def carry_from(y_BTF: Tensor, z_BTR: Tensor, b_RF: Tensor, gain_1: Tensor) -> Te
     Source: arXiv:2509.18993, eq. 7.
     """
     y_MF, z_MR, b_RF = rows(y_BTF), rows(z_BTR), b_RF.to(z_BTR.dtype)
-    if y_MF.dtype == z_MR.dtype:
+    if carried_cuda.takes(z_MR):
+        carry_MF = carried_cuda.without_product(y_MF, z_MR, b_RF)
+    elif y_MF.dtype == z_MR.dtype:
         carry_MF = torch.addmm(y_MF, z_MR, b_RF, alpha=-1)
     else:
         carry_MF = y_MF - z_MR @ b_RF
-    return carry_MF.div_(gain_1.to(y_MF.dtype)).view_as(y_BTF)
+    return carry_MF.div_(carried_cuda.gain_for(z_MR, gain_1, y_MF.dtype)).view_as(y_BTF)
 
 
 class _Dense(torch.autograd.Function):

@@ -23,6 +23,7 @@ from crnet.cost.parameters import num_parameters, terms
 from crnet.cost.table import CostRow, make_rows, plans
 from crnet.cost.workload import Workload
 from crnet.kernels import loss
+from crnet.kernels.carried_cuda import FLOPS
 from crnet.measure.memory import peak_bytes, saved_bytes
 from crnet.model.build import build
 from crnet.recompute.plan import RecomputePlan
@@ -141,9 +142,13 @@ class Probe:
         """Of the blocks, and of the head with its gradients, which the loss computes at once."""
         self.model.recompute(RecomputePlan())
         with sdpa_kernel(SDPBackend.MATH), loss.chunked_everywhere():
-            with FlopCounterMode(display=False) as both:
+            with FlopCounterMode(display=False, custom_mapping=FLOPS) as both:
                 self.forward()
-            with FlopCounterMode(display=False) as blocks, torch.no_grad(), self.autocast():
+            with (
+                FlopCounterMode(display=False, custom_mapping=FLOPS) as blocks,
+                torch.no_grad(),
+                self.autocast(),
+            ):
                 self.model.hidden(self.tokens)
         return blocks.get_total_flops(), both.get_total_flops() - blocks.get_total_flops()
 
@@ -151,7 +156,7 @@ class Probe:
         self.model.recompute(plan)
         with sdpa_kernel(SDPBackend.MATH):
             total = self.forward()
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
                 total.backward()
         return counter.get_total_flops()
 
