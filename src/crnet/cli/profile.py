@@ -40,9 +40,11 @@ def profile(
     from crnet.cost import hardware, table
     from crnet.cost.workload import workload
     from crnet.inference.load import pick_device
+    from crnet.kernels import compiled
     from crnet.measure.profile import measured, precision_advice, product_seconds
 
     where = pick_device(settings.train.device)
+    compiled.choose(settings.train.kernels)
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else ""

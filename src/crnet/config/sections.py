@@ -156,6 +156,8 @@ class TrainConfig:
     """Compile the blocks with torch.compile."""
     deterministic: Free[bool] = False
     """The same bits from the same run on the same GPU, slower; on a CPU that is always so."""
+    kernels: Free[Literal["auto", "eager"]] = "auto"
+    """auto: on a CUDA device with Triton, fused kernels (docs/kernels.md); eager: torch's own."""
     device: Free[str] = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU where there is one."""
     threads: Free[int | None] = None

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crnet.kernels.precision import cast, compute_dtype
+from crnet.kernels import carried_cuda
+from crnet.kernels.precision import cast, compute_dtype, scaled
 
 DOT_ITEMS = 1 << 30
 """Most items that one ``torch.dot`` gets."""
@@ -52,8 +53,12 @@ class _LowRank(torch.autograd.Function):
         x_MD, z_MR, a_DR, b_RF, carry_MF, gain_1 = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_carry, wants_gain = ctx.needs_input_grad[:5]
         # The elementwise passes come first, while dY is still in the cache from its producer.
-        dcarry_MF = scaled(dy_MF, gain_1) if wants_carry else None
-        dgain_1 = inner(dy_MF, carry_MF).to(gain_1.dtype).view(1) if wants_gain else None
+        if wants_carry and wants_gain and carried_cuda.takes_gradients(dy_MF):
+            dcarry_MF, dgain = carried_cuda.carry_gradients(dy_MF, carry_MF, gain_1)
+        else:
+            dcarry_MF = scaled(dy_MF, gain_1) if wants_carry else None
+            dgain = inner(dy_MF, carry_MF) if wants_gain else None
+        dgain_1 = None if dgain is None else dgain.to(gain_1.dtype).view(1)
         dy_MF = dy_MF.to(x_MD.dtype)
         dz_MR = dy_MF @ b_RF.T if wants_x or wants_a else None
         db_RF = z_MR.T @ dy_MF if wants_b else None
@@ -73,20 +78,13 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(dtype=torch.float32)
 
 
-def scaled(tensor: Tensor, gain_1: Tensor) -> Tensor:
-    """``gain * tensor`` in the dtype of the tensor, rounded once: a gain in fp32 stays so."""
-    if tensor.dtype == gain_1.dtype:
-        return tensor * gain_1
-    if tensor.device.type == "cpu":
-        return tensor * gain_1.view(())  # torch's CPU kernels take a number as it is
-    return torch.mul(tensor, gain_1, out=torch.empty_like(tensor))
-
-
 def _up_project(
     z_MR: Tensor, b_RF: Tensor, carry_MF: Tensor | None, gain_1: Tensor | None
 ) -> Tensor:
     if carry_MF is None or gain_1 is None:
         return z_MR @ b_RF
+    if carried_cuda.takes(z_MR):
+        return carried_cuda.up_project(z_MR, b_RF, carry_MF, gain_1)
     y_MF = scaled(carry_MF, gain_1)
     if y_MF.dtype == z_MR.dtype:
         # Not addmm_: the same product, but torch's FLOP counter does not know it.
@@ -191,7 +189,9 @@ def carry_from(y_BTF: Tensor, z_BTR: Tensor, b_RF: Tensor, gain_1: Tensor) -> Te
     Source: arXiv:2509.18993, eq. 7.
     """
     y_MF, z_MR, b_RF = rows(y_BTF), rows(z_BTR), b_RF.to(z_BTR.dtype)
-    if y_MF.dtype == z_MR.dtype:
+    if carried_cuda.takes(z_MR):
+        carry_MF = carried_cuda.without_product(y_MF, z_MR, b_RF)
+    elif y_MF.dtype == z_MR.dtype:
         carry_MF = torch.addmm(y_MF, z_MR, b_RF, alpha=-1)
     else:
         carry_MF = y_MF - z_MR @ b_RF

@@ -76,3 +76,14 @@ def casts_kept() -> Iterator[None]:
         yield
     finally:
         _casts = before
+
+
+def scaled(tensor: Tensor, gain_1: Tensor) -> Tensor:
+    """``gain * tensor`` in the dtype of the tensor, rounded once: a gain in fp32 stays so."""
+    if tensor.dtype == gain_1.dtype:
+        return tensor * gain_1
+    if tensor.device.type == "cpu":
+        return tensor * gain_1.view(())  # torch's CPU kernels take a number as it is
+    if torch.compiler.is_compiling():
+        return (tensor * gain_1).to(tensor.dtype)
+    return torch.mul(tensor, gain_1, out=torch.empty_like(tensor))

@@ -24,6 +24,7 @@ from crnet.config.sections import options_of, settings_of
 from crnet.cost.parameters import num_parameters, terms
 from crnet.cost.table import CostRow, make_rows, plans
 from crnet.cost.workload import Workload
+from crnet.kernels.carried_cuda import FLOPS
 from crnet.measure.memory import peak_bytes, saved_bytes
 from crnet.measure.traffic import without_memory
 from crnet.model.build import build
@@ -145,9 +146,12 @@ class Probe:
 
         def run(model: LanguageModel, tokens: Tensor) -> tuple[int, int]:
             with sdpa_kernel(SDPBackend.MATH), self.autocast("cpu"):
-                with FlopCounterMode(display=False) as both:
+                with FlopCounterMode(display=False, custom_mapping=FLOPS) as both:
                     model(tokens, tokens)
-                with FlopCounterMode(display=False) as blocks, torch.no_grad():
+                with (
+                    FlopCounterMode(display=False, custom_mapping=FLOPS) as blocks,
+                    torch.no_grad(),
+                ):
                     model.hidden(tokens)
             return blocks.get_total_flops(), both.get_total_flops()
 
@@ -168,7 +172,7 @@ class Probe:
         with sdpa_kernel(SDPBackend.MATH):
             with self.autocast(tokens.device.type):
                 total, _ = model(tokens, tokens)
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
                 total.backward()
         return counter.get_total_flops()
 

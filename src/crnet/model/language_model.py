@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from crnet.config.model_spec import ModelSpec
 from crnet.kernels.loss import IGNORED, linear_cross_entropy
 from crnet.layers.block import Block, State, run_blocks
 from crnet.layers.cache import LayerCache, all_or_none
+from crnet.layers.compiled_blocks import CompiledForward
 from crnet.model.seeds import generator_of
 from crnet.recompute.engine import Recomputation
 from crnet.recompute.plan import Added, RecomputePlan
@@ -101,6 +103,7 @@ class LanguageModel(nn.Module):
         self.model = Backbone(spec)
         shape = spec.shape
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self._plan, self._run = RecomputePlan(), None
         self.tie_head()
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,14 +168,16 @@ class LanguageModel(nn.Module):
         """The modules to shard one by one, before the whole: the blocks."""
         yield from self.model.blocks()
 
-    def compile_blocks(self) -> None:
-        """Compile every block by itself: equal blocks share the code."""
-        for block in self.model.blocks():
-            block.compile()
+    def compile_blocks(self, backend: Any = "inductor") -> None:
+        """Compile every kind of block, for passes that are differentiated."""
+        self._run = CompiledForward(backend)
+        self.recompute(self._plan)
 
     def recompute(self, plan: RecomputePlan) -> None:
         """Keep for the backward pass what ``plan`` says, from now on."""
-        self.model.runner = run_blocks if plan.policy == "none" else Recomputation(plan)
+        self._plan = plan
+        plain = functools.partial(run_blocks, run=self._run)
+        self.model.runner = plain if plan.policy == "none" else Recomputation(plan, self._run)
 
     def fixed_weights(self) -> contextlib.AbstractContextManager[None]:
         """Around the micro-batches of a step: nobody changes a weight meanwhile."""

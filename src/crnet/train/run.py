@@ -18,7 +18,7 @@ import torch
 from crnet import optimizers
 from crnet.config.check import check
 from crnet.config.model_spec import ModelSpec
-from crnet.config.sections import RunConfig, options_of, settings_of
+from crnet.config.sections import RunConfig, TrainConfig, options_of, settings_of
 from crnet.cost.workload import workload
 from crnet.data.prepare import prepare
 from crnet.data.rows import Rows, check_enough, validation_hash
@@ -26,6 +26,7 @@ from crnet.data.shards import Prepared
 from crnet.errors import ConfigError
 from crnet.inference.evaluate import Evaluation
 from crnet.inference.load import load_model, pick_device, weights_dtype
+from crnet.kernels import compiled
 from crnet.model.build import build
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
@@ -85,6 +86,7 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     """
     check(config)
     check_folder(run_dir, resume)
+    choose_kernels(config.train)
     if resume:
         check_plugins(run_dir)
     prepared = prepare(config.data, progress=progress)
@@ -105,6 +107,7 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     facts = {
         "parameters": parameters_by_role(work.spec),
         "recompute": dataclasses.asdict(work.plan),
+        "kernels": "fused" if compiled.fused_on(device) else "torch",
         "data": describe_corpus(corpus),
     }
     with files.writing(run_dir):
@@ -136,6 +139,13 @@ def _result(loop: Loop, at: Progress, record: Record, num_parameters: int) -> Re
         tokens_per_s=loop.tokens_per_s,
         checkpoint=record.last_checkpoint,
     )
+
+
+def choose_kernels(train: TrainConfig) -> None:
+    """Set the process's kernels. Raises ``ConfigError`` where blocks cannot be compiled."""
+    compiled.choose(train.kernels)
+    if train.compile and (problem := compiled.compiler_problem(pick_device(train.device))):
+        raise ConfigError(f"--train.compile: {problem}, or leave --train.compile out")
 
 
 def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
