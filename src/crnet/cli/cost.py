@@ -9,6 +9,8 @@ from pathlib import Path
 from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
+from crnet.config.sections import precision_of
+from crnet.config.serialize import override
 from crnet.errors import ConfigError
 
 
@@ -28,7 +30,8 @@ def cost(
     Parameters
     ----------
     device
-        Also the time of a step on a100-40g, a100-80g, h100, h200, cpu or FLOPS,GBPS (roofline).
+        Also the time of a step on a100-40g, a100-80g, h100, h200, cpu or FLOPS,GBPS (roofline);
+        --train.precision auto is bf16-mixed on a named GPU.
     ranks
         Also the communication between so many devices.
     plot
@@ -41,7 +44,10 @@ def cost(
         raise ConfigError(f"--ranks is {ranks}; it must be 1 or more")
     run_config = settings.of(preset)
     check(run_config)
-    work, on = workload(run_config), hardware.device(device) if device else None
+    on = hardware.device(device) if device else None
+    kind = "cuda" if on and hardware.is_gpu(on) else None
+    run_config = override(run_config, train={"precision": precision_of(run_config.train, kind)})
+    work = workload(run_config)
     rows, titles = table.cost_rows(work, on, ranks), table.titles(work, on, ranks)
     if as_json:
         print(json.dumps({"rows": [vars(row) for row in rows], "titles": titles}, indent=1))

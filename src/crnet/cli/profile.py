@@ -38,8 +38,11 @@ def profile(
     from crnet.cost.workload import workload
     from crnet.inference.load import pick_device
     from crnet.measure.profile import measured
+    from crnet.model.device import prepare_device, with_precision
 
     device = pick_device(settings.train.device)
+    run_config = with_precision(run_config, device)
+    prepare_device(run_config, device)
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

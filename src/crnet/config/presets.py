@@ -32,7 +32,6 @@ def _published(
             steps=steps,
             batch_size=512,
             micro_batch_size=None,
-            precision="fp32",
             eval_every_steps=1000,
             save_every_steps=1000,
         ),

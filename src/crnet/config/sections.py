@@ -20,6 +20,7 @@ from cyclopts import Parameter
 
 from crnet import architectures, linears, optimizers, schedules, streams
 from crnet.config import defaults
+from crnet.optimizers._low_precision import Bf16Update
 
 
 def _whole(_: Any, tokens: Any) -> int:
@@ -154,8 +155,15 @@ class TrainConfig:
     """Sequences per forward pass; none: the whole batch at once."""
     seed: Int = 0
     """Seed of the initial weights and of the order of the data."""
-    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
-    """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: everything bf16."""
+    precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"
+    """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: weights too, only gains fp32;
+    auto: bf16-mixed on a GPU, fp32 on a CPU."""
+    bf16_update: Bf16Update = "masters"
+    """How bf16 weights take their updates. masters: fp32 copies and states of all (8 bytes more a
+    parameter under adamw); vectors: of norms, biases and gains alone; stochastic: as vectors, and
+    matrices rounded at random (no bytes more); plain: all to nearest, what starts at 1 stays."""
+    tf32: bool = True
+    """Allow TF32 in fp32 products on a GPU."""
     recompute: Literal["none", "block", "invert", "replay", "auto"] = "none"
     """What the backward pass computes again instead of keeping it. none; block: whole blocks;
     replay: maps' outputs, upwards from kept ones, exact to the bit; invert: the same downwards (the
@@ -204,6 +212,26 @@ def choose(section: Any, key: str, name: str) -> Any:
     if name != former and (options := options_of(section, former)) is not None:
         changes[field_name(former)] = type(options)()
     return dataclasses.replace(section, **changes)
+
+
+Precision = Literal["fp32", "bf16-mixed", "bf16"]
+
+
+def precision_of(train: TrainConfig, kind: str | None = None) -> Precision:
+    """The precision that ``auto`` stands for.
+
+    ``kind``: of the device (torch's word: cpu, cuda); None: as ``train.device`` says, a CPU where
+    that says ``auto`` too.
+    """
+    if train.precision != "auto":
+        return train.precision
+    kind = kind or train.device.partition(":")[0]
+    return "fp32" if kind in ("auto", "cpu") else "bf16-mixed"
+
+
+def update_of(train: TrainConfig) -> Bf16Update | None:
+    """How the weights of a bf16 run take their updates; None in another precision."""
+    return train.bf16_update if train.precision == "bf16" else None
 
 
 def settings_of(section: BaseOptimizerConfig, seed: int) -> optimizers.Settings:
@@ -262,7 +290,7 @@ _ON_RESUME: dict[str, tuple[bool, tuple[str, ...]]] = {
         False,  # its state holds these, and would silently prevail
         ("name", "beta1", "beta2", "eps", "weight_decay", *map(field_name, optimizers.names())),
     ),
-    "train": (False, ("seed", "precision")),
+    "train": (False, ("seed", "precision", "bf16_update")),
 }
 
 

@@ -25,6 +25,7 @@ from crnet.cost.workload import Workload
 from crnet.kernels import loss
 from crnet.measure.memory import peak_bytes, saved_bytes
 from crnet.model.build import build
+from crnet.optimizers import _low_precision as low_precision
 from crnet.recompute.plan import RecomputePlan
 
 
@@ -55,7 +56,9 @@ class Probe:
         chosen = work.optimizer
         method = optimizers.get(chosen.name)
         options, settings = options_of(chosen, method.name), settings_of(chosen, seed)
-        self.optimizer = method.build(self.model.trained(), options, settings)
+        parameters = self.model.trained()
+        low_precision.widen_gradients(parameters, work.update, work.num_micro_batches)
+        self.optimizer = low_precision.build(method, parameters, options, settings, work.update)
         generator = torch.Generator().manual_seed(seed)
         shape = (micro_batch.sequences, micro_batch.length)
         vocab_size = work.spec.shape.vocab_size

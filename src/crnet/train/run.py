@@ -18,8 +18,8 @@ import torch
 from crnet import optimizers
 from crnet.config.check import check
 from crnet.config.model_spec import ModelSpec
-from crnet.config.sections import RunConfig, options_of, settings_of
-from crnet.cost.workload import workload
+from crnet.config.sections import RunConfig, options_of, settings_of, update_of
+from crnet.cost.workload import num_micro_batches, workload
 from crnet.data.prepare import prepare
 from crnet.data.rows import Rows, check_enough, validation_hash
 from crnet.data.shards import Prepared
@@ -27,7 +27,9 @@ from crnet.errors import ConfigError
 from crnet.inference.evaluate import Evaluation
 from crnet.inference.load import load_model, pick_device, weights_dtype
 from crnet.model.build import build
+from crnet.model.device import prepare_device, with_precision
 from crnet.model.language_model import LanguageModel
+from crnet.optimizers import _low_precision as low_precision
 from crnet.report.plots import plot_losses
 from crnet.storage import checkpoint, files, metrics
 from crnet.storage.checkpoint import Checkpoint, Progress
@@ -86,10 +88,11 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     if resume:
         check_plugins(run_dir)
     prepared = prepare(config.data, progress=progress)
-    config = resolve(config, prepared)
+    device = pick_device(config.train.device)
+    config = resolve(config, prepared, device)
+    prepare_device(config, device)
     work = workload(config)
     corpus = open_corpus(prepared, config)
-    device = pick_device(config.train.device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     saved = checkpoint.newest(run_dir) if resume else None
@@ -135,8 +138,8 @@ def _result(loop: Loop, at: Progress, record: Record, num_parameters: int) -> Re
     )
 
 
-def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
-    """Fill in what the corpus decides: the vocabulary size.
+def resolve(config: RunConfig, prepared: Prepared, device: torch.device) -> RunConfig:
+    """Fill in what corpus and device decide: the vocabulary size and the precision.
 
     Raises:
         ConfigError: ``model.vocab_size`` is given and smaller than the tokenizer's.
@@ -147,6 +150,7 @@ def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
             f"--model.vocab-size {wanted} is below the tokenizer's {prepared.vocab_size}; "
             "leave it out, or give at least that"
         )
+    config = with_precision(config, device)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
 
 
@@ -208,5 +212,7 @@ def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optim
     """The optimizer of a model's trained parameters."""
     section = config.optimizer
     settings = settings_of(section, config.train.seed)
-    method = optimizers.get(section.name)
-    return method.build(model.trained(), options_of(section, section.name), settings)
+    method, options = optimizers.get(section.name), options_of(section, section.name)
+    parameters, update = model.trained(), update_of(config.train)
+    low_precision.widen_gradients(parameters, update, num_micro_batches(config.train))
+    return low_precision.build(method, parameters, options, settings, update)
