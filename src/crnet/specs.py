@@ -64,7 +64,7 @@ class TensorSpec:
     init: Init
     trained: bool = True
     dtype: Literal["model", "float32", "int32"] = "model"
-    """``model``: that of the run's weights."""
+    """``model``: that of the run's weights. A gain is fp32: near 1, bf16 knows steps of 2^-8."""
     partner: str | None = None
     """Name beside it of the other factor of a pair."""
     lr_factor: float = 1.0

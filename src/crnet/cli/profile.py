@@ -42,9 +42,12 @@ def profile(
     from crnet.inference.load import pick_device
     from crnet.kernels import compiled
     from crnet.measure.profile import measured, precision_advice, product_seconds
+    from crnet.model.device import prepare_device, with_precision
 
     where = pick_device(settings.train.device)
     compiled.choose(settings.train.kernels)
+    run_config = with_precision(run_config, where)
+    prepare_device(run_config, where)
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else ""

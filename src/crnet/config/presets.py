@@ -42,7 +42,6 @@ def _published(
             steps=steps,
             batch_size=512,
             micro_batch_size=micro_batch_size,
-            precision="fp32",
             recompute=recompute,
             eval_every_steps=1000,
             save_every_steps=1000,

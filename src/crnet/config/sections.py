@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from crnet import architectures, linears, optimizers, schedules, streams
 from crnet.config import defaults
 from crnet.config.resuming import Fixed, Free
+from crnet.optimizers._low_precision import Bf16Update
 
 
 def _method(name: str, text: str, seam: ModuleType) -> Any:
@@ -137,8 +138,15 @@ class TrainConfig:
     """Most sequences per forward pass; none: the whole batch at once."""
     seed: Fixed[int] = 0
     """Seed of the initial weights and of the order of the data."""
-    precision: Fixed[Literal["fp32", "bf16-mixed", "bf16"]] = "fp32"
-    """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: everything bf16."""
+    precision: Fixed[Literal["auto", "fp32", "bf16-mixed", "bf16"]] = "auto"
+    """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: weights too, only gains fp32;
+    auto: bf16-mixed on a GPU, fp32 on a CPU."""
+    bf16_update: Fixed[Bf16Update] = "masters"
+    """How bf16 weights take their updates. masters: fp32 copies and states of all (8 bytes more a
+    parameter under adamw); vectors: of norms, biases and gains alone; stochastic: as vectors, and
+    matrices rounded at random (no bytes more); plain: all to nearest, what starts at 1 stays."""
+    tf32: Free[bool] = True
+    """Allow TF32 in fp32 products on a GPU."""
     recompute: Free[Literal["none", "block", "invert", "replay", "auto"]] = "none"
     """What the backward pass computes again instead of keeping it. none; block: whole blocks;
     replay: maps' outputs, upwards from kept ones, exact to the bit; invert: the same downwards (the
@@ -191,6 +199,26 @@ def choose(section: Any, key: str, name: str) -> Any:
     if name != former and (options := options_of(section, former)) is not None:
         changes[field_name(former)] = type(options)()
     return dataclasses.replace(section, **changes)
+
+
+Precision = Literal["fp32", "bf16-mixed", "bf16"]
+
+
+def precision_of(train: TrainConfig, kind: str | None = None) -> Precision:
+    """The precision that ``auto`` stands for.
+
+    ``kind``: of the device (torch's word: cpu, cuda); None: as ``train.device`` says, a CPU where
+    that says ``auto`` too.
+    """
+    if train.precision != "auto":
+        return train.precision
+    kind = kind or train.device.partition(":")[0]
+    return "fp32" if kind in ("auto", "cpu") else "bf16-mixed"
+
+
+def update_of(train: TrainConfig) -> Bf16Update | None:
+    """How the weights of a bf16 run take their updates; None in another precision."""
+    return train.bf16_update if train.precision == "bf16" else None
 
 
 def settings_of(section: BaseOptimizerConfig, seed: int) -> optimizers.Settings:

@@ -105,6 +105,11 @@ def device(text: str) -> Device:
     return _reached(text, flops, gigabytes * 1e9)
 
 
+def is_gpu(on: Device) -> bool:
+    """Whether it is one of the GPUs above; a roofline in figures is no one's."""
+    return on.name in DEVICES and on.name != "cpu"
+
+
 def device_of(kind: str, name: str) -> Device | None:
     """The entry of a device that is there, by torch's kind (cpu, cuda) and the vendor's name; None
     where it is unknown: its time is then not foreseen."""

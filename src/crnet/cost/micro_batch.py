@@ -6,14 +6,12 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from crnet.architectures import Batch
 from crnet.config.model_spec import ModelSpec
+from crnet.config.sections import Precision
 from crnet.recompute.plan import Added, RecomputePlan, added_layers
 from crnet.specs import BlockWork, Read, Slot, StreamWork, Work
-
-Precision = Literal["fp32", "bf16-mixed", "bf16"]
 
 
 @dataclass(frozen=True)

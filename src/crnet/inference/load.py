@@ -17,6 +17,7 @@ from torch import Tensor
 from crnet.config.model_spec import ModelSpec, model_spec
 from crnet.data import tokenizer
 from crnet.errors import ConfigError
+from crnet.linears._maps import dtype_of
 from crnet.model.build import lay_out, to_memory
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import pad, stored_on
@@ -72,7 +73,7 @@ def check_weights(
             problems.append(f"{name} is missing")
             continue
         found = weights[name]
-        wanted = dtype if tensor.dtype == "model" else getattr(torch, tensor.dtype)
+        wanted = dtype_of(tensor, dtype)
         if tuple(found.shape) != tensor.shape:
             problems.append(f"{name} has shape {tuple(found.shape)}, not {tensor.shape}")
         if found.dtype != wanted:

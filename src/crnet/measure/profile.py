@@ -31,6 +31,7 @@ from crnet.model.build import build
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
 from crnet.model.seeds import generator_of
+from crnet.optimizers import _low_precision as low_precision
 from crnet.recompute.plan import RecomputePlan
 
 
@@ -61,7 +62,9 @@ class Probe:
         self.model = build(stored_on(work.spec, device, method), seed, device, dtype)
         self.model.run_events(0, seed)
         options, settings = options_of(chosen, method.name), settings_of(chosen, seed)
-        self.optimizer = method.build(self.model.trained(), options, settings)
+        parameters = self.model.trained()
+        low_precision.widen_gradients(parameters, work.update, work.num_micro_batches)
+        self.optimizer = low_precision.build(method, parameters, options, settings, work.update)
         generator = generator_of(seed, "tokens")
         shape = (micro_batch.sequences, micro_batch.length)
         vocab_size = work.spec.shape.vocab_size

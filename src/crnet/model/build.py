@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crnet.config.model_spec import ModelSpec
-from crnet.linears._maps import DTYPES
+from crnet.linears._maps import dtype_of
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import pad
 from crnet.model.seeds import generator_of
@@ -80,7 +80,7 @@ def set_dtype(model: LanguageModel, dtype: torch.dtype) -> None:
     parameters = dict(model.named_parameters())
     for name, spec in model.spec.tensors.items():
         parameter = parameters[name]
-        cast = parameter.detach().to(DTYPES[spec.dtype] or dtype)
+        cast = parameter.detach().to(dtype_of(spec, dtype))
         if cast.dtype == parameter.dtype:
             continue
         if hasattr(parameter, "device_mesh"):  # a shard passes over what its data is set to

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from crnet import linears
-from crnet.config.sections import RunConfig
+from crnet.config.sections import RunConfig, precision_of
 from crnet.config.units import GIB
 from crnet.cost.kept import kept_bytes
 from crnet.cost.peak import peak_bytes
@@ -65,7 +65,7 @@ def plot(config: RunConfig, path: Path) -> list[Path]:
         _draw(pane, parts, label)
     figure.suptitle(
         f"{config.preset}: hidden size {config.model.hidden_size}, "
-        f"{config.model.num_layers} blocks, {config.train.precision}"
+        f"{config.model.num_layers} blocks, {precision_of(config.train)}"
     )
     files = [path.with_suffix(ending) for ending in (".png", ".svg")]
     path.parent.mkdir(parents=True, exist_ok=True)

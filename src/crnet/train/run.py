@@ -18,8 +18,9 @@ import torch
 from crnet import optimizers
 from crnet.config.check import check
 from crnet.config.model_spec import ModelSpec
-from crnet.config.sections import RunConfig, TrainConfig, options_of, settings_of
-from crnet.cost.workload import workload
+from crnet.config.sections import RunConfig, TrainConfig, options_of, settings_of, update_of
+from crnet.config.serialize import override
+from crnet.cost.workload import num_micro_batches, workload
 from crnet.data.prepare import prepare
 from crnet.data.rows import Rows, check_enough, validation_hash
 from crnet.data.shards import Prepared
@@ -28,8 +29,10 @@ from crnet.inference.evaluate import Evaluation
 from crnet.inference.load import load_model, pick_device, weights_dtype
 from crnet.kernels import compiled
 from crnet.model.build import build
+from crnet.model.device import prepare_device, with_precision
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
+from crnet.optimizers import _low_precision as low_precision
 from crnet.report.plots import plot_losses
 from crnet.storage import checkpoint, files, metrics
 from crnet.storage.checkpoint import Checkpoint, Progress
@@ -90,10 +93,11 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     if resume:
         check_plugins(run_dir)
     prepared = prepare(config.data, progress=progress)
-    config = resolve(config, prepared)
-    work = workload(config)
-    corpus = open_corpus(prepared, config)
     device = pick_device(config.train.device)
+    config = resolve(config, prepared, device)
+    prepare_device(config, device)
+    work = workload(override(config, train={"device": str(device)}))
+    corpus = open_corpus(prepared, config)
     same = deterministic(device) if config.train.deterministic else contextlib.nullcontext()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -148,8 +152,8 @@ def choose_kernels(train: TrainConfig) -> None:
         raise ConfigError(f"--train.compile: {problem}, or leave --train.compile out")
 
 
-def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
-    """Fill in what the corpus decides: the vocabulary size.
+def resolve(config: RunConfig, prepared: Prepared, device: torch.device) -> RunConfig:
+    """Fill in what corpus and device decide: the vocabulary size and the precision.
 
     Raises:
         ConfigError: ``model.vocab_size`` is given and smaller than the tokenizer's.
@@ -160,6 +164,7 @@ def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
             f"--model.vocab-size {wanted} is below the tokenizer's {prepared.vocab_size}; "
             "leave it out, or give at least that"
         )
+    config = with_precision(config, device)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
 
 
@@ -222,5 +227,7 @@ def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optim
     """The optimizer of a model's trained parameters."""
     section = config.optimizer
     settings = settings_of(section, config.train.seed)
-    method = optimizers.get(section.name)
-    return method.build(model.trained(), options_of(section, section.name), settings)
+    method, options = optimizers.get(section.name), options_of(section, section.name)
+    parameters, update = model.trained(), update_of(config.train)
+    low_precision.widen_gradients(parameters, update, num_micro_batches(config.train))
+    return low_precision.build(method, parameters, options, settings, update)

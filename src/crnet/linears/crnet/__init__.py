@@ -116,6 +116,7 @@ class CRNet(Parameterization):
             "gain",
             constant(options.beta_init),
             trained=options.learnable_beta,
+            dtype="float32",
             lr_factor=options.beta_lr_factor,
             decays=False,
         )

@@ -59,7 +59,9 @@ class LaX(Parameterization):
         pair = factors(slot, "balanced", options.lr_factor)
         if options.gate == "identity" or not slot.layer_idx:
             return pair
-        return pair | {"gate": TensorSpec((1,), "gain", constant(1.0), decays=False)}
+        return pair | {
+            "gate": TensorSpec((1,), "gain", constant(1.0), dtype="float32", decays=False)
+        }
 
     def work(self, slot: Slot, options: LaXOptions, rows: int, item_bytes: int) -> Work:
         work = factors_work(slot, rows, item_bytes)

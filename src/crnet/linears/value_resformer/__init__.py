@@ -36,7 +36,7 @@ class ValueResFormer(Parameterization):
     def tensors(self, slot: Slot, options) -> dict[str, TensorSpec]:
         if not _is_mixed(slot):
             return dense(slot)
-        gain = TensorSpec((1,), "gain", constant(INITIAL), decays=False)
+        gain = TensorSpec((1,), "gain", constant(INITIAL), dtype="float32", decays=False)
         return dense(slot) | {"lambda1": gain, "lambda2": gain}
 
     def work(self, slot: Slot, options, rows: int, item_bytes: int) -> Work:

@@ -23,7 +23,11 @@ class AttentionResiduals(Stream):
     def tensors(self, sublayer_idx, num_sublayers, shape, options):
         if not sublayer_idx:
             return {}
-        return {"weight": TensorSpec((shape.hidden_size,), "gain", constant(0.0), decays=False)}
+        return {
+            "weight": TensorSpec(
+                (shape.hidden_size,), "gain", constant(0.0), dtype="float32", decays=False
+            )
+        }
 
     def work(self, sublayer_idx, num_sublayers, rows, hidden_size, item_bytes, written_bytes):
         sources, size = sublayer_idx + 1, rows * hidden_size * item_bytes
