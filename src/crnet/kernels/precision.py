@@ -35,9 +35,17 @@ def cast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    if _casts is None or weight.dtype == dtype or not isinstance(weight, torch.nn.Parameter):
-        return weight.to(dtype)
-    return _Cast.apply(weight, dtype)
+    return _Cast.apply(weight, dtype) if _is_kept(weight, dtype) else weight.to(dtype)
+
+
+def _is_kept(weight: Tensor, dtype: torch.dtype) -> bool:
+    # A compiled block makes its casts itself; a test of ``_casts`` would compile it every step.
+    return (
+        not torch.compiler.is_compiling()
+        and _casts is not None
+        and weight.dtype != dtype
+        and isinstance(weight, torch.nn.Parameter)
+    )
 
 
 class _Cast(torch.autograd.Function):
@@ -57,8 +65,9 @@ class _Cast(torch.autograd.Function):
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight in a dtype, to be used where no gradient is recorded; inside ``casts_kept`` the same
     tensor for the same parameter."""
-    if _casts is None or weight.dtype == dtype or not isinstance(weight, torch.nn.Parameter):
+    if not _is_kept(weight, dtype):
         return weight.to(dtype)
+    assert _casts is not None
     if id(weight) not in _casts:
         _casts[id(weight)] = weight, weight.detach().to(dtype)
     return _casts[id(weight)][1]

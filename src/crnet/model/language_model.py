@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from crnet.config.model_spec import ModelSpec
 from crnet.kernels.loss import IGNORED, linear_cross_entropy
+from crnet.kernels.precision import casts_kept
 from crnet.layers.block import Block, State, run_blocks
 from crnet.layers.cache import LayerCache, all_or_none
 from crnet.layers.compiled_blocks import CompiledForward
@@ -180,10 +181,13 @@ class LanguageModel(nn.Module):
         self.model.runner = plain if plan.policy == "none" else Recomputation(plan, self._run)
 
     def fixed_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Around the micro-batches of a step: nobody changes a weight meanwhile."""
+        """Around the micro-batches of a step: nobody changes a weight meanwhile.
+
+        Casts of weights are kept where autograd would keep them until the backward pass anyhow;
+        under a recomputation they would be most of what is alive.
+        """
         runner = self.model.runner
-        fixed = isinstance(runner, Recomputation)
-        return runner.fixed_weights() if fixed else contextlib.nullcontext()
+        return runner.fixed_weights() if isinstance(runner, Recomputation) else casts_kept()
 
     def guard_added(self) -> Added:
         """What the guard of recompute invert kept in the latest forward pass beyond its plan."""
