@@ -185,7 +185,7 @@ def test_metrics(trained: tuple[Path, dict[str, Any]]) -> None:
         assert row["tokens_per_s"] > 0
         assert row["grad_norm"] > 0
     for row in evaluations:
-        assert set(row) == {"step", "val_loss", "val_perplexity", "val_tokens"}
+        assert set(row) == {"step", "val_loss", "val_perplexity", "val_tokens", "val_precision"}
         assert row["val_perplexity"] == math.exp(row["val_loss"])
     assert [row["step"] for row in training_rows] == [4, 8, 12]
     assert [row["step"] for row in evaluations] == [0, 6, 12]
