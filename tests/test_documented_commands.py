@@ -192,7 +192,6 @@ def run(command: list[str], folder: Path, timeout: int = 600) -> str | None:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-        "XDG_CACHE_HOME": str(folder / ".cache"),
         "HF_HUB_OFFLINE": "1",
     }
     done = subprocess.run(
