@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset
+from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset, print_json
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
 from crnet.errors import ConfigError
@@ -44,7 +43,7 @@ def cost(
     work, on = workload(run_config), hardware.device(device) if device else None
     rows, titles = table.cost_rows(work, on, ranks), table.titles(work, on, ranks)
     if as_json:
-        print(json.dumps({"rows": [vars(row) for row in rows], "titles": titles}, indent=1))
+        print_json({"rows": [vars(row) for row in rows], "titles": titles})
     else:
         print(table.render(rows, titles))
     if plot is not None:

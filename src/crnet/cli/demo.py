@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from crnet.cli.arguments import DEFAULT_PRESET, Command, Json, Switch
+from crnet.cli.arguments import DEFAULT_PRESET, Command, Json, Switch, print_json
 from crnet.cli.layering import new_run
 from crnet.config import presets
 from crnet.config.serialize import override
@@ -36,7 +35,7 @@ def demo(
     config = override(config, train={"steps": steps}) if steps is not None else config
     figures = demonstration.run(config, out or new_run("demo"))
     if as_json:
-        print(json.dumps(figures, indent=1))
+        print_json(figures)
         return
     print(demonstration.table(figures))
     print(f"\nloss curves  {figures['picture']}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset
+from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset, print_json
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
 from crnet.errors import ConfigError
@@ -48,7 +46,7 @@ def profile(
     seen = measured(work, device, seed=settings.train.seed, rounds=rounds)
     if as_json:
         sides = {"predicted": rows, "measured": seen}
-        print(json.dumps({k: [vars(row) for row in v] for k, v in sides.items()}, indent=1))
+        print_json({k: [vars(row) for row in v] for k, v in sides.items()})
     else:
         print(f"{'':36}{'predicted':>20}{'measured':>20}{'difference':>14}")
         print(table.render(rows, table.titles(work, on), seen))
