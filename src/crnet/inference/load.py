@@ -29,7 +29,13 @@ def load_model(saved: Checkpoint, device: torch.device | str = "cpu") -> Languag
         ConfigError: the weights are not those of the model that the configuration describes.
     Cost: the weights once from the disk; one copy on the CPU beside the model's own memory.
     """
-    spec = model_spec(saved.config.model)
+    config = saved.config.model
+    if not config.vocab_size:
+        raise ConfigError(f"{saved.folder}: altered (model.vocab_size is {config.vocab_size!r})")
+    try:
+        spec = model_spec(config)
+    except (ValueError, ArithmeticError) as error:
+        raise ConfigError(f"{saved.folder}: its model cannot be built ({error})") from error
     weights = saved.weights()
     dtype = weights_dtype(saved.config.train.precision)
     check_weights(spec, weights, dtype, saved.folder / WEIGHTS)
@@ -93,9 +99,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta has no numbers
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"--train.device {name}: cannot be used ({reason}); say cpu, cuda or auto"
         ) from error
