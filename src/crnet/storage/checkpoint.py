@@ -15,6 +15,8 @@ dictionaries come in and go out.
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
 import shutil
 import warnings
@@ -101,7 +103,15 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """Optimizer and random states, on the CPU."""
-        return torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+        path = self.folder / STATE
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"{path}: cannot be read ({reason})") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path}: altered (it holds a {type(found).__name__})")
+        return found
 
 
 def save(run_dir: Path, contents: Contents, keep: int) -> Path:
@@ -203,7 +213,7 @@ def _prune(run_dir: Path, step: int, keep: int) -> None:
 def found(run_dir: Path) -> list[Path]:
     """Every finished checkpoint of a run, newest first, unverified."""
     root = run_dir / "checkpoints"
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return []
     folders = [path for path in root.iterdir() if re.fullmatch(r"step_\d+", path.name)]
     return sorted(folders, key=_step, reverse=True)
@@ -230,11 +240,11 @@ def newest(run_dir: Path) -> Checkpoint | None:
 
 def resolve(path: Path) -> Checkpoint:
     """The checkpoint a user means: its folder, or a run folder (its newest whole one)."""
-    if (path / DESCRIPTION).exists() or (path / CHECKSUMS).exists():
+    if os.path.exists(path / DESCRIPTION) or os.path.exists(path / CHECKSUMS):
         return load(path)
     checkpoint = newest(path)
     if checkpoint is None:
-        near = "it is not there" if not path.exists() else "it holds no checkpoints/step_N"
+        near = "it is not there" if not os.path.exists(path) else "it holds no checkpoints/step_N"
         raise ConfigError(f"{path}: no checkpoint ({near}); name a run folder or one of its steps")
     return checkpoint
 
@@ -255,6 +265,11 @@ def load(folder: Path) -> Checkpoint:
     wanted_keys = {"config", "step", "position", "tokens", "extra"}
     if missing := sorted(wanted_keys - description.keys()):
         raise ConfigError(f"{folder / DESCRIPTION}: altered ({', '.join(missing)} missing)")
+    for key in ("step", "position", "tokens"):
+        if type(description[key]) is not int or not 0 <= description[key] < 2**63:
+            raise ConfigError(f"{folder / DESCRIPTION}: altered ({key} is {description[key]!r})")
+    if not isinstance(description["extra"], dict):
+        raise ConfigError(f"{folder / DESCRIPTION}: altered (extra is {description['extra']!r})")
     return Checkpoint(
         folder=folder,
         config_dict=description["config"],
@@ -266,6 +281,10 @@ def load(folder: Path) -> Checkpoint:
 def _verify(folder: Path) -> None:
     sums = read_json(folder / CHECKSUMS)
     for name, wanted in sums.items():
+        if Path(name).name != name or "\0" in name:
+            raise ConfigError(
+                f"{folder / CHECKSUMS}: altered ({name!r} is not the name of a file beside it)"
+            )
         if not isinstance(wanted, dict) or {"bytes", "sha256"} - wanted.keys():
             raise ConfigError(f"{folder / CHECKSUMS}: altered (its entry {name!r} is not whole)")
         path = folder / name

@@ -83,8 +83,17 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     """
     check(config)
     check_folder(run_dir, resume)
+    with contextlib.ExitStack() as held:  # what keeps other processes out of the folder
+        return _run(config, run_dir, resume, progress, held)
+
+
+def _run(
+    config: RunConfig, run_dir: Path, resume: bool, progress: bool, held: contextlib.ExitStack
+) -> Result:
     if resume:
+        held.enter_context(files.alone(run_dir))
         check_plugins(run_dir)
+        metrics.read(run_dir / metrics.METRICS)  # a broken one is refused before anything changes
     prepared = prepare(config.data, progress=progress)
     config = resolve(config, prepared)
     work = workload(config)
@@ -107,6 +116,9 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     }
     with files.writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            held.enter_context(files.alone(run_dir))
+            check_folder(run_dir, resume)  # another one may have begun since
         write_manifest(run_dir, config, device=device, from_step=at.step, facts=facts)
         upto_step = at.step if saved else None
         log = metrics.Metrics(run_dir, upto_step=upto_step, tensorboard=config.train.tensorboard)
@@ -158,12 +170,11 @@ def open_corpus(prepared: Prepared, config: RunConfig) -> Corpus:
     )
     check_enough(train, config.train.batch_size)
     check_enough(validation, 1)
-    part = prepared.parts["train"]
+    parts = prepared.parts
     hashes = {
         "tokenizer": prepared.tokenizer_hash,
-        # What the order of rows hangs on, without reading every token of a large corpus once more.
-        "corpus": f"{part.tokens} tokens, {part.documents} documents, "
-        f"{prepared.validation_sha256} held out",
+        "corpus": f"{parts['train'].tokens} tokens {parts['train'].sha256}, "
+        f"{parts['validation'].sha256} held out",
         "validation": validation_hash(validation, data.validation_tokens),
     }
     return Corpus(prepared, train, validation, hashes)
@@ -200,7 +211,14 @@ def make_step(
     if saved is None:
         step.run_events(0)
     else:
-        restore(step.optimizer, saved.state(), device)
+        state = saved.state()
+        try:
+            restore(step.optimizer, state, device)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise ConfigError(
+                f"{saved.folder / checkpoint.STATE}: is not the state of this optimizer ({error}); "
+                "restore the file, or remove the checkpoint to go on from the one before it"
+            ) from error
     return step
 
 
