@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Threads that wait do not spin: they share the cores with each other and with the programs they test.
+QUIET  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test test-slow test-gpu faults check lint types golden bench clean
@@ -25,16 +27,16 @@ demo: $(VENV)/base.stamp  ## train CR-Net beside full rank, a few minutes on two
 	$(BIN)/crnet demo $(DEMO)
 
 test: $(VENV)/dev.stamp  ## the tests, about four minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu' $(PYTEST)
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu' $(PYTEST)
 
 test-slow: $(VENV)/dev.stamp  ## the tests that take longer
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu' $(PYTEST)
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu' $(PYTEST)
 
 test-gpu: $(VENV)/dev.stamp  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST)
 
 faults: $(VENV)/dev.stamp  ## plant faults one by one; the tests must notice each
-	$(BIN)/python tests/planted_faults.py
+	$(BIN)/python tests/planted_faults.py $(FAULTS)
 
 lint: $(VENV)/dev.stamp  ## ruff: style and format
 	$(BIN)/ruff check .
@@ -48,8 +50,9 @@ check: lint types test  ## what continuous integration runs
 golden: $(VENV)/dev.stamp  ## write the golden losses anew, after a change of computation that is meant
 	$(BIN)/python tests/golden.py
 
-bench: $(VENV)/base.stamp  ## time of the blocks: full rank, CR-Net, its plain version, plain low rank
-	$(BIN)/python benchmarks/block_time.py
+bench: $(VENV)/dev.stamp  ## time of a step and of the blocks, beside transformers and the plain formula
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/peers.py $(BENCH)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/block_time.py $(BENCH)
 
 clean:  ## remove the virtual environment and the caches of the tools
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

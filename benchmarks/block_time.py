@@ -50,10 +50,17 @@ def side_spec(side: str, base: ModelConfig) -> ModelSpec:
     if side == "full":
         return model_spec(choose(base, "linear", "full"))
     if side == "lowrank":
-        ranks = [block[0].rank for block in model_spec(crnet).slots[1:]]
-        rank = ",".join(map(str, [ranks[0], *ranks]))
-        return model_spec(dataclasses.replace(choose(base, "linear", "lowrank"), rank=rank))
+        lowrank = choose(base, "linear", "lowrank")
+        return model_spec(dataclasses.replace(lowrank, rank=lowrank_ranks(base)))
     return model_spec(crnet)
+
+
+def lowrank_ranks(base: ModelConfig) -> str:
+    """CR-Net's ranks at this shape, and in block 1 that of block 2, as ``--model.rank`` has them.
+    One position's is every position's: the presets have no others."""
+    blocks = model_spec(choose(base, "linear", "crnet")).slots[1:]
+    ranks = [block[0].rank for block in blocks]
+    return ",".join(map(str, [ranks[0], *ranks]))
 
 
 def flops(spec: ModelSpec, sequences: int, length: int) -> int:

@@ -64,7 +64,6 @@ from crnet.data.prepare import prepare
 from crnet.data.rows import Batches, Rows
 from crnet.errors import TrainingError
 from crnet.inference.load import load_model, weights_dtype
-from crnet.kernels import loss as loss_kernels
 from crnet.layers.block import run_blocks
 from crnet.linears.crnet import CRNetOptions
 from crnet.linears.crnet.module import CRNetMap
@@ -163,8 +162,7 @@ def memory(given: Any) -> None:
         "model": describe(micro_batch.spec),
         "tokens": micro_batch.rows,
         "note": "kept.measured is what autograd's hooks see, closed_form counts everything, "
-        "difference = measured - (closed_form - hidden). In fp32 torch's linear_cross_entropy "
-        "hides the head's two gradients from the hooks: those two terms are `hidden`.",
+        "difference = measured - closed_form.",
         "eq_38": {
             "bytes": eq_38_items(micro_batch, policies["invert"]) * micro_batch.compute_bytes,
             "invert_stream_outputs_bottlenecks": terms["stream"]
@@ -212,23 +210,12 @@ def _measured(
 
 
 def _kept(micro_batch: MicroBatch, measured: int, terms: dict[str, int]) -> Json:
-    hidden = 0
-    if _head_is_hidden(micro_batch):
-        hidden = terms["head input gradient"] + terms["head weight gradient"]
     return {
         "measured": measured,
         "closed_form": sum(terms.values()),
-        "hidden": hidden,
-        "difference": measured - (sum(terms.values()) - hidden),
+        "difference": measured - sum(terms.values()),
         "terms": terms,
     }
-
-
-def _head_is_hidden(micro_batch: MicroBatch) -> bool:
-    # Where the loss is torch's own (kernels.loss).
-    width, vocab_size = micro_batch.spec.shape.hidden_size, micro_batch.spec.shape.vocab_size
-    torchs = loss_kernels.HAS_TORCH_BACKEND and micro_batch.precision == "fp32"
-    return torchs and micro_batch.rows >= width and vocab_size > width
 
 
 # --- time -----------------------------------------------------------------------------------------

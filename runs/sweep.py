@@ -3,9 +3,11 @@
     python runs/sweep.py SPECS.json --out OUT [--jobs 2]
     python runs/sweep.py --quick --out OUT     # two tiny runs, in this process
 
-SPECS.json: an object of name -> the words after ``crnet train``, one string. Each run gets the
-folder OUT/NAME. A run that was interrupted goes on from its last checkpoint, so a sweep can be
-stopped and started at will.
+SPECS.json: an object of name -> the words after ``crnet train``, one string, quoted as for a shell,
+or a list of words. Each run gets the folder OUT/NAME; its words are in OUT/NAME.words.json, and a
+run that was begun with others is refused: its figures would pass for those of the new ones. A run
+that was interrupted goes on from its last checkpoint, so a sweep can be stopped (Ctrl-C, SIGTERM:
+the runs save, no other begins) and started at will.
 
 JSON sweep: by name step, val_loss, val_perplexity, val_tokens, tokens, tokens_per_s_median, beta.
 """
@@ -15,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,32 +45,83 @@ def run_all(specs: Mapping[str, Sequence[str]], out: Path, jobs: int) -> dict[st
 
     if not jobs:
         return dict(map(one, specs))
-    with ThreadPoolExecutor(jobs) as pool:
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pool = ThreadPoolExecutor(jobs)
+    try:
         return dict(pool.map(one, specs))
+    except KeyboardInterrupt:
+        for process in RUNNING:
+            process.send_signal(signal.SIGTERM)
+        sys.exit("stopped; the same command goes on")
+    finally:
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, former)
+
+
+RUNNING: set[subprocess.Popen[str]] = set()
+"""The processes of the sweep."""
 
 
 def _run(name: str, words: Sequence[str], folder: Path, own_process: bool) -> dict:
-    found = final_evaluation(folder)
-    if found is None:
-        resume = ["--resume"] if (folder / "run.json").exists() else []
-        words = ["train", "--out", str(folder), *resume, *words]
+    problem = _other_words(folder, words)
+    found = None if problem else final_evaluation(folder)
+    if found is None and problem is None:
+        words = ["train", "--out", str(folder), "--resume", "auto", *words]
         problem = train(words) if own_process else train_here(words)
-        if problem is not None:
-            print(f"{name}: failed: {problem}", flush=True)
-            return {"failed": problem}
         found = final_evaluation(folder)
-        assert found is not None
-        print(f"{name}: perplexity {found['val_perplexity']:.2f}", flush=True)
+        if found is not None and problem is None:
+            print(f"{name}: perplexity {found['val_perplexity']:.2f}", flush=True)
+    if problem is None and found is None:
+        problem = "stopped before its last step"
+    if problem is not None:
+        print(f"{name}: failed: {problem}", flush=True)
+        return {"failed": problem}
+    assert found is not None
     return found
+
+
+def _other_words(folder: Path, words: Sequence[str]) -> str | None:
+    """What is wrong where a run was begun with other words; writes the words where it was not."""
+    file = folder.parent / f"{folder.name}.words.json"
+    if file.exists():
+        if json.loads(file.read_text(encoding="utf-8")) == list(words):
+            return None
+        return f"was begun with other words; remove {folder} and {file}, or take another name"
+    write_report(file, list(words))
+    return None
 
 
 def train(words: Sequence[str]) -> str | None:
     """Run ``crnet`` with these words; what went wrong, if anything did."""
     command = [sys.executable, "-m", "crnet", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    # A session of its own: Ctrl-C reaches it once, from here, and it saves.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    RUNNING.add(process)
+    try:
+        _, errors = process.communicate()
+    finally:
+        RUNNING.discard(process)
+    if process.returncode == 0:
         return None
-    return (done.stderr.strip().splitlines()[-1:] or ["no message"])[0]
+    return message(errors) or f"exit code {process.returncode}"
+
+
+def message(errors: str) -> str:
+    """The last paragraph of what a program wrote to stderr, without the frame around it."""
+    lines = [line.strip("╭╮╰╯│─ ") for line in errors.splitlines()]
+    last: list[str] = []
+    for line in reversed(lines):
+        if line:
+            last.insert(0, line)
+        elif last:
+            break
+    return " ".join(last[-4:])
 
 
 def train_here(words: Sequence[str]) -> str | None:
@@ -153,10 +208,15 @@ def shape_words(shape: Mapping[str, int]) -> list[str]:
     return [f"--model.{key.replace('_', '-')}={value}" for key, value in shape.items()]
 
 
-def write_report(path: Path, report: Mapping) -> None:
+def write_report(path: Path, report: Mapping | Sequence) -> None:
     """Write a JSON file into a folder that may not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def split(words: str | list[str]) -> list[str]:
+    """The words of one run; quotes keep a word together."""
+    return shlex.split(words) if isinstance(words, str) else words
 
 
 def main() -> None:
@@ -171,7 +231,7 @@ def main() -> None:
         parser.error("SPECS.json says what to run; or say --quick")
     else:
         read = json.loads(given.specs.read_text(encoding="utf-8"))
-        specs = {name: words.split() for name, words in read.items()}
+        specs = {name: split(words) for name, words in read.items()}
     write_report(given.out / "sweep.json", run_all(specs, given.out, given.jobs))
 
 

@@ -1,16 +1,21 @@
 """What every test file may rely on: one CPU thread, and fp32 as the default dtype.
 
 One thread, because the tensors are too small for a second to help, and two threads that share a
-busy core wait for each other at every operation (a gradcheck took 17 s instead of 0.3).
+busy core wait for each other at every operation (a gradcheck took 17 s instead of 0.3). Where a
+program that a test starts has two, the one that waits sleeps.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, and inherited
+
 import torch
 
 

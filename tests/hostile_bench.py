@@ -452,7 +452,7 @@ def _main(words: list[str]) -> int:
     sys.argv = ["crnet", *words]
     code: Any = 0
     try:
-        main()
+        main(words)
     except SystemExit as end:
         code = end.code
     except BaseException:  # noqa: BLE001  as the interpreter would

@@ -507,7 +507,7 @@ FAULTS = [
     fault(
         "a checkpoint is not verified",
         "storage/checkpoint.py",
-        "    _verify(folder)\n    description",
+        "    _verify(folder, with_state)\n    description",
         "    description",
         "test_checkpoint.py::test_damage_is_found_and_named",
     ),
@@ -542,9 +542,52 @@ FAULTS = [
     fault(
         "a resumed run may be another",
         "train/resume.py",
-        "if stays_on_resume(section, key):",
-        "if not stays_on_resume(section, key) and False:",
+        "if change.rule is OnResume.REFUSED",
+        "if change.rule is OnResume.REFUSED and False",
         "test_resume.py::test_resume_refuses_another_model_data_or_seed_and_lists_all",
+    ),
+    fault(
+        "a changed key is applied without a word",
+        "train/resume.py",
+        'print(f"crnet: {line}", file=sys.stderr)',
+        "pass",
+        "test_resume.py::test_a_jump_of_the_rate_is_said_with_both_rates",
+    ),
+    fault(
+        "the state of an optimizer is never verified",
+        "storage/checkpoint.py",
+        "if not self.state_verified:",
+        "if False:",
+        "test_checkpoint.py::test_the_state_is_verified_by_who_reads_it",
+    ),
+    # Rows, seeds, rates.
+    fault(
+        "a shortened validation set is its first rows",
+        "data/rows.py",
+        "drawn = order(0, len(self), 0, count)",
+        "drawn = np.arange(count)",
+        "test_data_rows.py::test_a_shortened_validation_set_is_spread_over_the_whole",
+    ),
+    fault(
+        "a text hangs on 32 bits of its seed",
+        "inference/generate.py",
+        'generator_of(sampling.seed, "sampling")',
+        "torch.Generator().manual_seed(sampling.seed % 2**32)",
+        "test_generate.py::test_seeds_that_agree_in_their_lowest_bits_write_other_texts",
+    ),
+    fault(
+        "a warm-up may end between two steps",
+        "schedules/__init__.py",
+        "return max(1, whole(self.warmup_frac * self.total))",
+        "return self.warmup_frac * self.total or 1",
+        "test_schedules.py::test_a_warmup_is_rounded_to_whole_steps",
+    ),
+    fault(
+        "a pass that fails leaves tokens in the caches",
+        "layers/cache.py",
+        "            cache.length = length\n",
+        "            pass\n",
+        "test_model.py::test_a_pass_that_fails_adds_nothing_to_the_caches",
     ),
     # Words.
     fault(

@@ -450,6 +450,24 @@ def test_things_that_are_no_checkpoints(copy: Path, tmp_path: Path) -> None:
             checkpoint.resolve(path)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_the_state_is_verified_by_who_reads_it(corpus: Path, copy: Path, damage: str) -> None:
+    """Evaluating and generating read the weights; a damaged state is no matter to them."""
+    shutil.rmtree(copy / "checkpoints" / "step_8")
+    folder = copy / "checkpoints" / "step_12"
+    flip(STATE)(folder) if damage == "flipped" else (folder / STATE).unlink()
+    for path in (copy, folder):
+        saved = checkpoint.resolve(path)
+        assert saved.progress.step == 12
+        assert_same(dict(load_model(saved).state_dict()), saved.weights())
+        with pytest.raises(ConfigError, match=str(folder / STATE)):
+            saved.state()
+    with pytest.warns(UserWarning, match="step_12"), pytest.raises(ConfigError) as caught:
+        run(tiny(corpus), copy, resume=True)
+    assert "no whole checkpoint is left" in caught.value.problems[0]
+    assert str(folder / STATE) in caught.value.problems[1]
+
+
 def test_a_user_may_name_a_run_or_a_checkpoint(copy: Path) -> None:
     assert checkpoint.resolve(copy).progress.step == 12
     assert checkpoint.resolve(copy / "checkpoints" / "step_8").progress.step == 8
@@ -760,6 +778,12 @@ def test_a_checkpoint_is_verified_once(
     load_model(saved)
     load_tokenizer(saved)
     assert sorted(hashed) == sorted({*hashed})
+    assert WEIGHTS in hashed
+    assert STATE not in hashed, "the optimizer's state is not read, and would take most of the time"
+    saved = checkpoint.newest(copy)
+    assert saved is not None
+    saved.state()
+    assert hashed.count(STATE) == 1
 
 
 def test_weights_are_readable_without_crnet(reference: Path) -> None:

@@ -1146,7 +1146,9 @@ def test_evaluate_proves_the_checkpoint_whole_once(
     """Each proof reads and hashes all of it; a damaged one would be warned of twice."""
     proofs = []
     load = checkpoint.load
-    monkeypatch.setattr(checkpoint, "load", lambda folder: proofs.append(folder) or load(folder))
+    monkeypatch.setattr(
+        checkpoint, "load", lambda folder, **how: proofs.append(folder) or load(folder, **how)
+    )
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(trained[0]), "--json"])
     assert ended.value.code == 0

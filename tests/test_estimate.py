@@ -17,17 +17,15 @@ from crnet.config import presets
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import override
 from crnet.config.units import GIB
-from crnet.cost.hardware import DEVICES, communication_bytes, device, device_of, step_seconds
+from crnet.cost.hardware import DEVICES, communication_bytes, device, device_of
 from crnet.cost.micro_batch import Precision
 from crnet.cost.parameters import num_parameters
 from crnet.cost.peak import peak_bytes
-from crnet.cost.step import step_flops
 from crnet.cost.table import cost_rows, plans
 from crnet.cost.workload import Workload, with_linear, workload
 from crnet.errors import ConfigError
 from crnet.linears.crnet import CRNetOptions
 from crnet.measure.profile import Probe, measured
-from crnet.recompute.plan import RecomputePlan
 from crnet.report import cost_plot
 from test_cost import PRECISIONS, WIDE, random_case
 
@@ -106,19 +104,30 @@ def test_a_fixed_beta_costs_no_gradient_and_no_state():
 
 
 def test_pipeline_communication_is_equation_48():
-    """Table 21's 70B: micro-batch 16 x 4,096, 8 stages; table 22 prints 21.00 and 238.0."""
+    """Table 21's 70B: micro-batch 16 x 4,096, 8 stages; table 22 prints 21.00 and 238.0. Three
+    passes where what is kept on one side is rebuilt from the other's; else two, as the footnote has
+    it for full rank, whose 21.00 is printed for three."""
     config = override(
         presets.get("llama-70b"),
         model={"rank": "2048"},
         data={"sequence_length": 4096},
         train={"batch_size": 16, "micro_batch_size": 16, "precision": "bf16"},
     )
-    full = override(config, model={"linear": "full"})
     h, f = 8192, 21845
-    for each, width, printed in ((full, h, 21.0), (config, 6 * h + 2 * f, 238.0)):
+    cases = (
+        ("crnet", "invert", 6 * h + 2 * f, 3, 238.0),
+        ("crnet", "replay", 6 * h + 2 * f, 3, 238.0),
+        ("crnet", "none", 6 * h + 2 * f, 2, 158.7),
+        ("crnet", "block", 6 * h + 2 * f, 2, 158.7),
+        ("full", "none", h, 2, 14.0),
+        ("full", "block", h, 2, 14.0),
+        ("full", "replay", h, 2, 14.0),
+    )
+    for linear, policy, width, passes, gib in cases:
+        each = override(config, model={"linear": linear}, train={"recompute": policy})
         found = communication_bytes(workload(each), 8)
-        assert found["pipeline, a boundary"] == 16 * 4096 * width * 2 * 3
-        assert round(found["pipeline, all boundaries"] / 2**30, 1) == printed
+        assert found["pipeline, a boundary"] == 16 * 4096 * width * 2 * passes, (linear, policy)
+        assert round(found["pipeline, all boundaries"] / 2**30, 1) == gib
 
 
 def test_data_and_sharded_communication():
@@ -128,16 +137,6 @@ def test_data_and_sharded_communication():
     assert found["data"] == 2 * 3 / 4 * states["gradients"]
     assert found["sharded"] == 3 / 4 * (2 * 4 * states["weights"] + states["gradients"])
     assert communication_bytes(work, 1) == {}
-
-
-def test_time_is_a_roofline():
-    config = override(presets.get("llama-60m"), train={"batch_size": 4})
-    work, slow, fast = workload(config), device("1e12,100"), device("4e12,400")
-    for plan in (RecomputePlan(), RecomputePlan("block")):
-        one, other = (step_seconds(work, plan, on) for on in (slow, fast))
-        assert one["products"] == pytest.approx(step_flops(work, plan)["total"] / 1e12)
-        assert one["total"] == pytest.approx(4 * other["total"])
-        assert one["total"] == pytest.approx(sum(one.values()) - one["total"])
 
 
 @pytest.mark.parametrize("text", ["", "tpu", "1e12", "1e12,0", "-1,5", "1,2,3", "nan,1"])
@@ -151,13 +150,36 @@ def test_devices_that_are_unknown(text: str):
     [
         ("cpu", "", "cpu"),
         ("cuda", "NVIDIA H100 80GB HBM3", "h100"),
+        ("cuda", "NVIDIA H100 PCIe", "h100-pcie"),
+        ("cuda", "NVIDIA H100 NVL", "h100-nvl"),
         ("cuda", "NVIDIA H200", "h200"),
         ("cuda", "NVIDIA A100-SXM4-40GB", "a100-40g"),
         ("cuda", "NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("cuda", "NVIDIA A100 80GB PCIe", "a100-80g-pcie"),
+        ("cuda", "NVIDIA L40S", "l40s"),
+        ("cuda", "NVIDIA GeForce RTX 4090", "rtx-4090"),
     ],
 )
 def test_devices_are_known_by_their_names(kind: str, name: str, found: str):
     assert device_of(kind, name) is DEVICES[found]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Tesla T4", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GH200 480GB"),
+        *("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "AMD Instinct MI300X"),
+    ],
+)
+def test_a_device_that_is_unknown_is_taken_for_no_other(name: str):
+    assert device_of("cuda", name) is None
+
+
+def test_peaks_are_in_order():
+    for each in DEVICES.values():
+        assert each.bf16_flops_per_s >= each.tf32_flops_per_s >= each.fp32_flops_per_s > 0
+        assert each.flops_per_s("fp32") == each.fp32_flops_per_s
+        assert each.flops_per_s("bf16") == each.flops_per_s("bf16-mixed") == each.bf16_flops_per_s
 
 
 # --- the commands ---------------------------------------------------------------------------------

@@ -73,6 +73,26 @@ def imports(path: Path) -> frozenset[str]:
     return frozenset(name for name in found if name in modules())
 
 
+def test_the_library_of_the_command_line_is_that_rooms_alone():
+    """cyclopts: what a configuration is must not hang on how its words are read."""
+    wrong = [
+        name
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        and any(
+            each.split(".")[0] == "cyclopts"
+            for each in (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
+        )
+        and room(name) != "cli"
+    ]
+    assert wrong == []
+
+
 def room(module: str) -> str:
     return module.split(".")[0]
 

@@ -637,6 +637,40 @@ def test_cache_overflow():
     assert [layer.length for layer in cache] == [6] * 3
 
 
+@pytest.mark.parametrize("part", ["model.layers.1.mlp", "model.norm", "lm_head"])
+@pytest.mark.parametrize("seen", [0, 4])
+def test_a_pass_that_fails_adds_nothing_to_the_caches(part: str, seen: int):
+    """To the bit: the pass that follows is that of caches which never saw the failure."""
+    model, tokens = randomised(TINY), random_tokens(1, 9)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    found = []
+    for fails in (False, True):
+        caches = model.new_caches(9)
+        with torch.no_grad():
+            if seen:
+                model.logits(tokens[:, :seen], caches)
+            if fails:
+                hook = model.get_submodule(part).register_forward_pre_hook(fail)
+                with hook, pytest.raises(MemoryError):
+                    model.logits(tokens[:, seen : seen + 3], caches)
+                assert [layer.length for layer in caches] == [seen] * 3
+            found.append(model.logits(tokens[:, seen:], caches))
+    assert torch.equal(*found)
+
+
+def test_caches_of_another_batch_are_refused():
+    """A batch of one would be spread over the cache of two without a word."""
+    model = randomised(TINY)
+    caches = model.new_caches(6)
+    with torch.no_grad():
+        model.logits(random_tokens(2, 3), caches)
+        with pytest.raises(RuntimeError, match="take new caches"):
+            model.logits(random_tokens(1, 1), caches)
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_training_after_evaluation(mode):
     """What an evaluation computed first and kept (the rotary tables) does not stop a backward."""

@@ -85,7 +85,8 @@ def test_state_bytes(name: str, options: Any, dtype: torch.dtype):
     train(model, optimizer, range(2))
     for parameter_name, (spec, parameter) in model.trained().items():
         tensors = [each for each in optimizer.state[parameter].values() if torch.is_tensor(each)]
-        expected = optimizers.get(name).state_bytes(spec, options, dtype.itemsize)
+        size = parameter.element_size()
+        expected = optimizers.get(name).state_bytes(spec, options, size)
         assert sum(each.nbytes for each in tensors) == expected, parameter_name
 
 

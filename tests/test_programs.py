@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "runs").glob("*.py")])
+PROGRAMS = sorted([*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "runs").rglob("*.py")])
 pytestmark = pytest.mark.slow
 
 

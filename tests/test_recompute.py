@@ -27,7 +27,7 @@ from crnet.linears._maps import LowRankMap
 from crnet.linears.crnet import CRNetOptions
 from crnet.model.build import build
 from crnet.model.language_model import LanguageModel
-from crnet.recompute.plan import invert_error
+from crnet.recompute.plan import RecomputePlan, invert_error
 from crnet.specs import Read, Slot, TensorSpec, constant
 from recompute_steps import (
     INVERTED,
@@ -632,3 +632,9 @@ def test_planted_faults_are_seen(monkeypatch: pytest.MonkeyPatch, name: str, fau
     actual = faulty_step(monkeypatch, model, plan, fault)
     with pytest.raises(AssertionError, match=r"^model\."):
         assert_agree(actual, expected, plan)
+
+
+def test_a_policy_that_does_not_exist_is_refused():
+    """Nothing would be recomputed, without a word."""
+    with pytest.raises(ValueError, match=r"'bogus'; known are none, block, replay, invert"):
+        RecomputePlan("bogus")  # type: ignore[arg-type]

@@ -2,18 +2,121 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from crnet.config.serialize import override
+from crnet.config.resuming import Free, OnResume, changes, declared_rule
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import from_dict, override, to_dict
 from crnet.data.prepare import prepare
 from crnet.errors import ConfigError
+from crnet.storage.checkpoint import Checkpoint, Progress
+from crnet.train.resume import check_same_run, say_changes
 from crnet.train.step import learning_rate
+from test_config import FIELDS, another, to_dict_value
 from test_train import rows_of, run, tiny, weights_of
+
+# Every key
+
+
+HASHES = {"tokenizer": "t", "corpus": "c"}
+
+
+def saved_at(step: int, config: RunConfig) -> Checkpoint:
+    progress = Progress(step=step, position=step * 8, tokens=step * 128)
+    return Checkpoint(Path("/nowhere"), to_dict(config), progress, HASHES)
+
+
+def declared(path: tuple[str, ...]) -> OnResume | None:
+    section: Any = RunConfig()
+    for key in path[:-1]:
+        section = getattr(section, key)
+    return declared_rule(type(section), path[-1])
+
+
+@pytest.mark.parametrize("path", [path for path, _, _ in FIELDS], ids=".".join)
+def test_every_key_is_refused_or_applied_and_said(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((default, hint),) = [(value, hint) for each, value, hint in FIELDS if each == path]
+    rule = declared(path)
+    assert rule is not None or len(path) == 3, "Fixed or Free? say it where the key is"
+    plain = to_dict(RunConfig())
+    inner = plain
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = to_dict_value(another(default, hint))
+    config, saved = from_dict(plain), saved_at(5, RunConfig())
+    flag = "--" + ".".join(path).replace("_", "-")
+    if rule is OnResume.APPLIED:
+        first, *more = say_changes(saved, config, HASHES)
+        assert first == f"resumed with {flag} {another(default, hint)} (was {default})"
+        assert [f"crnet: {line}" for line in (first, *more)] == capsys.readouterr().err.splitlines()
+    else:  # also what declares nothing: an option of a method, of a plugin's too
+        with pytest.raises(ConfigError) as caught:
+            check_same_run(saved, config, HASHES)
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"{flag} was {default!r} and is now {another(default, hint)!r}")
+
+
+def test_an_option_may_declare_itself_free() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        kept: int = 1
+        free: Free[int] = 1
+
+    # Types of a class inside a function are no names of its module.
+    Options.__annotations__ = {"kept": int, "free": Free[int]}
+    found = list(changes(Options(), Options(kept=2, free=2), "--model.mine."))
+    assert [(each.flag, each.rule) for each in found] == [
+        ("--model.mine.kept", OnResume.REFUSED),
+        ("--model.mine.free", OnResume.APPLIED),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "jumps"),
+    [
+        ({"optimizer": {"lr": 3e-3}}, True),
+        ({"optimizer": {"warmup_frac": 0.5}}, True),
+        ({"optimizer": {"min_lr_frac": 0.5}}, True),
+        ({"train": {"steps": 30}}, True),
+        ({"optimizer": {"clip_norm": 0.5}}, False),
+        ({"train": {"micro_batch_size": 4}}, False),
+    ],
+)
+def test_a_jump_of_the_rate_is_said_with_both_rates(
+    changed: dict[str, Any], jumps: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = override(RunConfig(), train={"steps": 20})
+    new = override(old, **changed)
+    (first, *more) = say_changes(saved_at(10, old), new, HASHES)
+    before, after = learning_rate(10, old), learning_rate(11, new)
+    said = [f"step 10 ran at learning rate {before:.4g}, step 11 runs at {after:.4g}"]
+    assert more == (said if jumps else [])
+    assert first in capsys.readouterr().err
+
+
+def test_an_unchanged_run_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert say_changes(saved_at(10, RunConfig()), RunConfig(), HASHES) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_fewer_steps_than_are_done_are_refused() -> None:
+    config = override(RunConfig(), train={"steps": 9})
+    with pytest.raises(ConfigError, match=r"--train\.steps 9: the run has done 10 steps; take 10"):
+        check_same_run(saved_at(10, RunConfig()), config, HASHES)
+    config = override(RunConfig(), train={"steps": 10})
+    assert len(check_same_run(saved_at(10, RunConfig()), config, HASHES)) == 1
+
+
+# Runs
 
 
 def test_resume_refuses_another_model_data_or_seed_and_lists_all(
@@ -74,6 +177,10 @@ def test_resume_can_extend_a_run(corpus: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [start["from_step"] for start in (*manifest["earlier_starts"], manifest)] == [0, 6]
     assert manifest["config"]["train"]["steps"] == 10
+    said = manifest["resumed_with"]
+    assert said[0] == "resumed with --train.steps 10 (was 6)"
+    assert f"runs at {learning_rate(7, longer):.4g}" in said[1]
+    assert manifest["earlier_starts"][0]["resumed_with"] == []
 
 
 def test_resume_of_a_finished_run_changes_no_figure(corpus: Path, tmp_path: Path) -> None:

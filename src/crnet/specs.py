@@ -64,7 +64,7 @@ class TensorSpec:
     init: Init
     trained: bool = True
     dtype: Literal["model", "float32", "int32"] = "model"
-    """``model``: that of the run's weights."""
+    """``model``: that of the run's weights. A gain is fp32: near 1, bf16 knows steps of 2^-8."""
     partner: str | None = None
     """Name beside it of the other factor of a pair."""
     lr_factor: float = 1.0
@@ -150,6 +150,63 @@ class Read:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A matrix product, (rows, inner) by (inner, columns)."""
+
+    rows: int
+    inner: int
+    columns: int
+    accumulates: bool = False
+    """Onto a result that is read first."""
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inner * self.columns
+
+    def moved_bytes(self, item_bytes: int) -> int:
+        """Operands read once, the result written."""
+        results = self.rows * self.columns * (2 if self.accumulates else 1)
+        return item_bytes * (self.rows * self.inner + self.inner * self.columns + results)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that kernels other than products read and write, and how many kernels they are."""
+
+    moved_bytes: int = 0
+    kernels: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.moved_bytes + other.moved_bytes, self.kernels + other.kernels)
+
+    def __mul__(self, count: int) -> Traffic:
+        return Traffic(count * self.moved_bytes, count * self.kernels)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The same elementwise work in three ways: ``eager``, a kernel for each operation of torch;
+    ``compiled``, neighbours fused by Inductor; ``fused``, inside the products beside it."""
+
+    eager: Traffic = Traffic()
+    compiled: Traffic = Traffic()
+    fused: Traffic = Traffic()
+
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(
+            self.eager + other.eager, self.compiled + other.compiled, self.fused + other.fused
+        )
+
+    def __mul__(self, count: int) -> Passes:
+        return Passes(self.eager * count, self.compiled * count, self.fused * count)
+
+
+def in_each_way(moved_bytes: int, kernels: int) -> Passes:
+    """Of what nothing fuses."""
+    return Passes(*[Traffic(moved_bytes, kernels)] * 3)
+
+
+@dataclass(frozen=True)
 class Work:
     """What one map does on one micro-batch. FLOPs: products only, 2 a multiply-add."""
 
@@ -170,6 +227,13 @@ class Work:
     """Of the forward: what comes after the last tensor that autograd keeps."""
     transient_bytes: int = 0
     """Alive in the backward pass for a moment, beyond its gradients."""
+    products: tuple[Product, ...] = ()
+    """Of the forward pass, one by one, for the time; none: FLOPs at the device's rate."""
+    backward_products: tuple[Product, ...] = ()
+    passes: Passes = Passes()
+    """Elementwise work of the forward pass, casts of weights left out."""
+    backward_passes: Passes = Passes()
+    """Of the backward pass; sums of gradients left out."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +255,11 @@ class BlockWork:
     """Output and log-sum-exp of attention: kept once more where attention is not run again."""
     activation_bytes: int
     """Alive in the backward pass of the feed-forward's activation beyond what is kept."""
+    passes: Passes = Passes()
+    """Elementwise work of the forward pass: norms, rotation, activation."""
+    backward_passes: Passes = Passes()
+    attention_moved_bytes: int = 0
+    """What attention reads and writes, forward; backward twice that."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +274,10 @@ class StreamWork:
     backward_flops: int = 0
     gradient_bytes: int = 0
     """Gradients of the state that wait while this sublayer goes backward."""
+    passes: Passes = Passes()
+    """Elementwise work of the forward pass."""
+    backward_passes: Passes = Passes()
+    """Of the backward pass, sums of the state's gradients among it."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crnet.registry import discover, find
-from crnet.specs import BlockWork, Position, Shape, TensorSpec
+from crnet.specs import BlockWork, Passes, Position, Shape, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,9 @@ class Architecture:
     """The position whose output each sublayer writes."""
     ties_embeddings: bool = False
     """Whether the embedding is the head where the configuration does not say."""
+    pads: bool = False
+    """Whether a feed-forward whose maps give 0 in some columns has 0 there, and hands back a
+    gradient of 0."""
 
     def problems(self, shape: Shape, options: Any) -> list[str]:
         """What is wrong with sizes and options, one sentence each, with the mend."""
@@ -75,6 +78,10 @@ class Architecture:
     def last_norm_bytes(self, batch: Batch) -> int:
         """What the last norm keeps beside its input."""
         return 4 * batch.rows
+
+    def last_norm_passes(self, shape: Shape, batch: Batch) -> tuple[Passes, Passes]:
+        """Elementwise work of the last norm, forward and backward."""
+        return Passes(), Passes()
 
     def make_block(
         self, shape: Shape, options: Any, layer_idx: int, keeps_activation: bool

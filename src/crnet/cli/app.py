@@ -1,8 +1,9 @@
 """The command line: words -> RunConfig -> one function.
 
-Plugins are loaded first: the configuration's classes, and with them the flags, are made from the
-methods that are known when they are first imported. Then the module of the command is imported, and
-nothing heavy before the command needs it.
+The process is tuned first (``environment``): that may execute the program once more, and nothing
+that was imported before would be kept. Then plugins are loaded: the configuration's classes, and
+with them the flags, are made from the methods that are known when they are first imported. Then the
+module of the command is imported, and nothing heavy before the command needs it.
 
 Bad input ends with one message per problem on stderr and exit code 2; training that became
 non-finite with exit code 1.
@@ -10,20 +11,22 @@ non-finite with exit code 1.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-
-import cyclopts
+from typing import TYPE_CHECKING
 
 import crnet
-from crnet.cli import streams
-from crnet.cli.arguments import Command
+from crnet.cli import environment, streams
+from crnet.cli.arguments import Command, whole_numbers
 from crnet.errors import ConfigError, TrainingError
-from crnet.registry import load_plugins
+
+if TYPE_CHECKING:
+    import cyclopts
 
 COMMANDS = {
     "train": "train",
@@ -41,20 +44,54 @@ COMMANDS = {
 """Name of each command -> its module in this folder."""
 
 HELP = {"--help", "-h"}
+EPILOGUE = (
+    "With every command: --plugins FILE.py adds methods of your own; repeatable. With "
+    f"{', '.join(sorted(environment.COMMANDS))}: {environment.FLAG} leaves the waiting of threads "
+    "and malloc as the environment has them."
+)
 
 
 def build_app(only: str | None = None) -> cyclopts.App:
-    """The command line with every command, or with one: then only its module is imported."""
+    """The command line with every command, or with one.
+
+    Of every command, the names and what they do are read from the files: a module is imported when
+    its command is used. The one command is imported at once.
+    """
+    import cyclopts
+
     app = cyclopts.App(
         name="crnet",
         help="Pre-train language models with cross-layer low-rank structure (CR-Net).",
-        help_epilogue="With every command: --plugins FILE.py adds methods of your own; repeatable.",
+        help_format="plaintext",
+        help_epilogue=EPILOGUE,
         help_flags=sorted(HELP),
         version=crnet.__version__,
+        config=(whole_numbers,),
     )
-    for name in COMMANDS if only is None else (only,):
-        app.command(command(name).function, name=name)
+    if only is not None:
+        app.command(command(only).function, name=only)
+        return app
+    for name, module in COMMANDS.items():
+        function = declared_function(Path(__file__).parent / f"{module}.py")
+        path = f"crnet.cli.{module}:{function.name}"
+        app.command(path, name=name, help=ast.get_docstring(function, clean=False))
     return app
+
+
+def declared_function(file: Path) -> ast.FunctionDef:
+    """The function in a command's file that ``COMMAND`` names, read and not executed."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    calls = [node.value for node in tree.body if isinstance(node, ast.Assign)]
+    (name,) = [
+        each.args[0].id
+        for each in calls
+        if isinstance(each, ast.Call)
+        and isinstance(each.func, ast.Name)
+        and each.func.id == "Command"
+        and isinstance(each.args[0], ast.Name)
+    ]
+    return functions[name]
 
 
 def command(name: str) -> Command:
@@ -67,15 +104,20 @@ def main(argv: list[str] | None = None) -> None:
     (bad input, or standard output cannot be written) or 130."""
     warnings.showwarning = _show_warning
     with streams.steady():
-        code = _code_of(sys.argv[1:] if argv is None else argv)
+        code = _code_of(argv)
     sys.exit(code)
 
 
-def _code_of(argv: list[str]) -> int:
+def _code_of(argv: list[str] | None) -> int:
     """Run the command line and say how it ended. Raises only what is a mistake of ours."""
     try:
         with _standard_output():
-            words, files = take_plugins(argv)
+            if argv is None:
+                environment.tune(sys.argv[1:])
+            from crnet.registry import load_plugins
+
+            words = environment.take_flag(sys.argv[1:] if argv is None else argv)
+            words, files = take_plugins(words)
             load_plugins(files)
             app_for(words)(words)
     except SystemExit as end:
@@ -168,13 +210,16 @@ def app_for(words: list[str]) -> cyclopts.App:
     name = words[0] if words and words[0] in COMMANDS else None
     app = build_app(name)
     if name is not None and (layers := command(name).layers) and not HELP & set(words):
+        import cyclopts
+
         from crnet.cli import layering
 
         layering.refuse_sections(words)
         _, bound, _ = app.parse_args(words)
         behind = layering.behind(layers, bound.arguments)
         # Under the command's name: cyclopts drops a section that is named like a command (train).
-        app.config = tuple(cyclopts.config.Dict({name: v}, source=at) for at, v in behind)
+        values = (cyclopts.config.Dict({name: v}, source=at) for at, v in behind)
+        app.config = (*values, whole_numbers)
     return app
 
 

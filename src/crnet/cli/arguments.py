@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,10 +40,38 @@ DataFiles = Annotated[
 ]
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print the result as JSON.")]
 Switch = Annotated[bool, Parameter(negative=())]
+Resume = Annotated[bool | Literal["auto"], Parameter(show_default=False)]
 CheckpointPath = Annotated[
     Path, Parameter(help="A checkpoint, or a run folder (its newest whole checkpoint).")
 ]
 Device = Annotated[str, Parameter(help="cpu, cuda, ...; auto: the GPU where there is one.")]
+
+
+def whole_numbers(_app: Any, _commands: tuple[str, ...], arguments: Iterable[Any]) -> None:
+    """Refuse a fraction for every whole number, of the command line or a file.
+
+    cyclopts calls it once every source has given its values. By itself it would round 2.5 steps to
+    2 without a word.
+    """
+    for argument in arguments:
+        kinds = {argument.hint, *typing.get_args(argument.hint)}
+        if int in kinds and kinds <= {int, int | None, type(None)}:
+            converter = _whole_or_none if type(None) in kinds else _whole
+            argument.parameter = Parameter.combine(
+                argument.parameter, Parameter(converter=converter)
+            )
+
+
+def _whole(_: Any, tokens: Any) -> int:
+    word, source = tokens[0].value, tokens[0].source
+    if not re.fullmatch(r"[+-]?\d+", word.strip()):
+        at = "" if source == "cli" else f" from {source}"
+        raise ValueError(f"{word!r}{at} is not a whole number (int)")
+    return int(word)
+
+
+def _whole_or_none(hint: Any, tokens: Any) -> int | None:
+    return None if tokens[0].value.lower() in ("none", "null") else _whole(hint, tokens)
 
 
 @dataclass(frozen=True)

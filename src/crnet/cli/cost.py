@@ -8,6 +8,7 @@ from pathlib import Path
 from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset, print_json
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
+from crnet.config.serialize import override
 from crnet.errors import ConfigError
 
 
@@ -27,7 +28,9 @@ def cost(
     Parameters
     ----------
     device
-        Also the time of a step on a100-40g, a100-80g, h100, h200, cpu or FLOPS,GBPS (roofline).
+        Also the time of a step, eager, compiled and fused, on a100-80g, h100, h200, l40s, rtx-4090,
+        ..., cpu, or FLOPS,GBPS that a device reaches. --train.precision auto is bf16-mixed on a
+        named GPU.
     ranks
         Also the communication between so many devices.
     plot
@@ -40,7 +43,10 @@ def cost(
         raise ConfigError(f"--ranks is {ranks}; it must be 1 or more")
     run_config = settings.of(preset)
     check(run_config)
-    work, on = workload(run_config), hardware.device(device) if device else None
+    on = hardware.device(device) if device else None
+    if on and hardware.is_gpu(on) and run_config.train.device == "auto":
+        run_config = override(run_config, train={"device": "cuda"})
+    work = workload(run_config)
     rows, titles = table.cost_rows(work, on, ranks), table.titles(work, on, ranks)
     if as_json:
         print_json({"rows": [vars(row) for row in rows], "titles": titles})

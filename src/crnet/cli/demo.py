@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from crnet.cli.arguments import DEFAULT_PRESET, Command, Json, Switch, print_json
 from crnet.cli.layering import new_run
 from crnet.config import presets
 from crnet.config.serialize import override
+
+Sides = Annotated[tuple[str, ...], Parameter(name="--side", negative=())]
 
 
 def demo(
@@ -15,6 +20,7 @@ def demo(
     out: Path | None = None,
     steps: int | None = None,
     quick: Switch = False,
+    sides: Sides = (),
     as_json: Json = False,
 ) -> None:
     """Train CR-Net and full rank side by side on this machine's own text; a few minutes.
@@ -27,13 +33,16 @@ def demo(
         Steps of each run.
     quick
         A smaller model for some seconds: does everything work?
+    sides
+        Methods to train, the first of which writes a text; none: CR-Net and full rank.
     """
     from crnet.compare import demo as demonstration
 
     config = presets.get(DEFAULT_PRESET)
     config = demonstration.quick(config) if quick else config
     config = override(config, train={"steps": steps}) if steps is not None else config
-    figures = demonstration.run(config, out or new_run("demo"))
+    chosen = sides or demonstration.SIDES
+    figures = demonstration.run(config, out or new_run("demo"), sides=chosen)
     if as_json:
         print_json(figures)
         return
@@ -41,7 +50,7 @@ def demo(
     print(f"\nloss curves  {figures['picture']}")
     for linear, row in figures["rows"].items():
         print(f"{linear:12} run {row['run']}, checkpoint {row['checkpoint']}")
-    print(f"\nCR-Net continues {figures['prompt']!r}:\n{figures['prompt']}{figures['sample']}")
+    print(f"\n{chosen[0]} continues {figures['prompt']!r}:\n{figures['prompt']}{figures['sample']}")
 
 
 COMMAND = Command(demo)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crnet.cli.arguments import DEFAULT_PRESET
+from crnet.cli.arguments import DEFAULT_PRESET, Resume
 from crnet.config import presets
 from crnet.config.sections import (
     SECTIONS,
@@ -89,15 +89,36 @@ def behind(
 
 def _run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Of the run that goes on, else of the preset."""
-    if not arguments.get("resume"):
-        values = to_dict(presets.get(arguments.get("preset") or DEFAULT_PRESET))
-    elif config := begun_config(arguments.get("out") or newest_run()):
-        values = to_dict(config)
+    run_dir = resumed_run(arguments.get("resume", False), arguments.get("out"))
+    begun = begun_config(run_dir) if run_dir else None
+    if begun is not None:
+        values = to_dict(begun)
         values["model"].pop("vocab_size")  # resolved again, from the same tokenizer
+    elif run_dir is None:
+        values = to_dict(presets.get(arguments.get("preset") or DEFAULT_PRESET))
     else:
         return {}
     values.pop("preset")
     return values
+
+
+def resumed_run(resume: Resume, out: Path | None) -> Path | None:
+    """The folder of the run that goes on; None where a new one begins.
+
+    Args:
+        resume: what ``--resume`` says. True: a run goes on; auto: if there is one.
+        out: ``--out``; None: the newest run.
+    Raises:
+        ConfigError: a run is to go on, none is named, and there is none.
+    """
+    if not resume:
+        return None
+    if out is None:
+        found = newest_run()
+        if found is None and resume != "auto":
+            raise ConfigError(f"--resume: there is no run under {RUNS}; name one with --out")
+        return found
+    return out if resume != "auto" or os.path.exists(out / "run.json") else None
 
 
 @functools.cache
@@ -134,12 +155,10 @@ def begun_config(run_dir: Path) -> RunConfig | None:
         raise ConfigError([*problems, mend]) from error
 
 
-def newest_run() -> Path:
-    """The run under ``RUNS`` that was begun last. Raises ``ConfigError`` if there is none."""
+def newest_run() -> Path | None:
+    """The run under ``RUNS`` that was begun last."""
     begun = sorted(RUNS.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
-    if not begun:
-        raise ConfigError(f"--resume: there is no run under {RUNS}; name one with --out")
-    return begun[-1].parent
+    return begun[-1].parent if begun else None
 
 
 def new_run(name: str) -> Path:

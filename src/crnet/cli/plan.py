@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, plugin_words, print_json
 from crnet.cli.layering import DEFAULTS, Settings
-from crnet.config.sections import Int
 from crnet.config.serialize import command_line, to_dict
 from crnet.errors import ConfigError
 
@@ -25,7 +24,7 @@ def plan(
     flops_frac: float | None = None,
     like: str | None = None,
     profile: str = "uniform",
-    multiple: Int = 1,
+    multiple: int = 1,
     config: ConfigFiles = (),
     as_json: Json = False,
     settings: Settings = DEFAULTS,

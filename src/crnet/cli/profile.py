@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset, print_json
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
@@ -13,6 +15,7 @@ def profile(
     /,
     *,
     rounds: int = 3,
+    device: str | None = None,
     config: ConfigFiles = (),
     as_json: Json = False,
     settings: Settings = DEFAULTS,
@@ -23,6 +26,8 @@ def profile(
     ----------
     rounds
         Steps that are timed.
+    device
+        What it runs on, for the time foreseen: as crnet cost --device; none: by the device's name.
     """
     run_config = settings.of(preset)
     check(run_config)
@@ -31,25 +36,40 @@ def profile(
 
     import torch
 
-    from crnet.cost import table
-    from crnet.cost.hardware import device_of
+    from crnet.cost import hardware, table
     from crnet.cost.workload import workload
     from crnet.inference.load import pick_device
-    from crnet.measure.profile import measured
+    from crnet.kernels import compiled
+    from crnet.measure.profile import measured, precision_advice, product_seconds
+    from crnet.model.device import prepare_device, with_precision
 
-    device = pick_device(settings.train.device)
+    where = pick_device(settings.train.device)
+    compiled.choose(settings.train.kernels)
+    run_config = with_precision(run_config, where)
+    prepare_device(run_config, where)
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    work, on = workload(run_config), device_of(device.type, name)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else ""
+    on = hardware.device(device) if device else hardware.device_of(where.type, name)
+    if on is None:
+        print(
+            f"{name} is not among the known devices: no time is foreseen; "
+            "say --device FLOPS,GBPS that it reaches",
+            file=sys.stderr,
+        )
+    work = workload(run_config)
     rows = table.cost_rows(work, on)
-    seen = measured(work, device, seed=settings.train.seed, rounds=rounds)
+    seen = measured(work, where, seed=settings.train.seed, rounds=rounds)
+    products = product_seconds(work, where)
     if as_json:
         sides = {"predicted": rows, "measured": seen}
-        print_json({k: [vars(row) for row in v] for k, v in sides.items()})
+        found = {side: [vars(row) for row in each] for side, each in sides.items()}
+        advice = {"product_s": products, "advice": precision_advice(products)}
+        print_json(found | advice)
     else:
         print(f"{'':36}{'predicted':>20}{'measured':>20}{'difference':>14}")
         print(table.render(rows, table.titles(work, on), seen))
+        print(precision_advice(products))
 
 
 COMMAND = Command(profile, layers="run")

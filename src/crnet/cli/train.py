@@ -11,12 +11,13 @@ from crnet.cli.arguments import (
     Command,
     ConfigFiles,
     Json,
-    Switch,
+    Resume,
     plugin_words,
     print_json,
 )
-from crnet.cli.layering import DEFAULTS, Settings, begun_config, new_run, newest_run
+from crnet.cli.layering import DEFAULTS, Settings, begun_config, new_run, resumed_run
 from crnet.config.check import check
+from crnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from crnet.train.run import Result
@@ -27,7 +28,7 @@ def train(
     /,
     *,
     out: Path | None = None,
-    resume: Switch = False,
+    resume: Resume = False,
     config: ConfigFiles = (),
     as_json: Json = False,
     settings: Settings = DEFAULTS,
@@ -41,12 +42,13 @@ def train(
     out
         Run folder; none: a new one under crnet-runs.
     resume
-        Go on from the newest whole checkpoint of --out (none: of the newest run).
+        Go on from the newest whole checkpoint of --out (none: of the newest run). auto: if a run
+        was begun there; else begin one.
     """
-    if resume:
-        run_dir = out or newest_run()
-        begun = begun_config(run_dir)  # None: training says so
-        preset = preset or (begun.preset if begun else DEFAULT_PRESET)
+    run_dir = resumed_run(resume, out)
+    goes_on = run_dir is not None
+    if run_dir is not None:
+        preset = _preset_of(run_dir, preset)
     else:
         preset = preset or DEFAULT_PRESET
         run_dir = out or new_run(f"{preset}-{settings.model.linear}")
@@ -55,7 +57,20 @@ def train(
 
     from crnet.train import run as training
 
-    _show(training.run(run_config, run_dir, resume=resume), as_json)
+    _show(training.run(run_config, run_dir, resume=goes_on), as_json)
+
+
+def _preset_of(run_dir: Path, given: str | None) -> str:
+    """The preset of a run that goes on. Raises ``ConfigError`` where another one is given."""
+    begun = begun_config(run_dir)
+    if begun is None:  # training says so
+        return given or DEFAULT_PRESET
+    if given not in (None, begun.preset):
+        raise ConfigError(
+            f"{run_dir}: the run began from the preset {begun.preset}, not {given}; leave the "
+            "preset out, or choose another --out for a new run"
+        )
+    return begun.preset
 
 
 def _show(result: Result, as_json: bool) -> None:

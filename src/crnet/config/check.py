@@ -40,11 +40,16 @@ def check(config: RunConfig) -> None:
     if not any(problem.startswith(("--model.", "--optimizer.")) for problem in problems):
         problems += _method_problems(config)
     if _positive(train.batch_size, train.micro_batch_size) and (
-        train.batch_size % (train.micro_batch_size or train.batch_size)
+        train.batch_size % min(train.micro_batch_size or train.batch_size, train.batch_size)
     ):
         problems.append(
             f"--train.batch-size {train.batch_size} is not divided by --train.micro-batch-size "
             f"{train.micro_batch_size}"
+        )
+    if train.precision != "bf16" and train.bf16_update != TrainConfig.bf16_update:
+        problems.append(
+            f"--train.bf16-update {train.bf16_update} has no effect with --train.precision "
+            f"{train.precision}; say --train.precision bf16, or leave it out"
         )
     if problems:
         raise ConfigError(problems)

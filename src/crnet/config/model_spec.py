@@ -6,6 +6,7 @@ a ``ModelSpec``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,8 @@ class ModelSpec:
     positions: tuple[Position, ...]
     slots: tuple[tuple[Slot, ...], ...]
     """Block by block, in the order of ``positions``."""
+    width_multiple: int = 1
+    """Feed-forward widths are stored padded with zeros to a multiple of it (``padded``)."""
 
     @property
     def architecture_options(self) -> Any:
@@ -91,6 +94,51 @@ class ModelSpec:
             bias = TensorSpec((slot.out_size,), "bias", constant(0.0), decays=False)
             tensors = tensors | {"bias": bias}
         return tensors
+
+    @property
+    def pads(self) -> bool:
+        """Whether zeros that widen the feed-forward change nothing but its rounding."""
+        return self.linear.pads and self.architecture.pads
+
+    def padded(self, multiple: int) -> ModelSpec:
+        """This model, its feed-forward width stored padded with zeros to a multiple.
+
+        Everything it declares stays: tensors, ranks, initial values, costs, checkpoints. Only
+        ``stored_slots`` and ``stored_shapes`` are wider.
+
+        Raises:
+            ValueError: padding would change what the model computes.
+        """
+        if multiple > 1 and not self.pads:
+            raise ValueError(f"{self.linear.name} in {self.architecture.name} cannot be padded")
+        return dataclasses.replace(self, width_multiple=multiple)
+
+    @cached_property
+    def stored_slots(self) -> tuple[tuple[Slot, ...], ...]:
+        """The slots as wide as their maps are in memory."""
+        if self.width_multiple == 1:
+            return self.slots
+        size = -(-self.shape.intermediate_size // self.width_multiple) * self.width_multiple
+        wide = dataclasses.replace(self.shape, intermediate_size=size)
+        positions = self.architecture.positions(wide, self.architecture_options)
+        sizes = {each.name: (each.in_size, each.out_size) for each in positions}
+
+        def stored(slot: Slot) -> Slot:
+            in_size, out_size = sizes[slot.position]
+            return dataclasses.replace(slot, in_size=in_size, out_size=out_size)
+
+        return tuple(tuple(map(stored, block)) for block in self.slots)
+
+    @cached_property
+    def stored_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """By full name, the shape that a parameter has in memory."""
+        shapes = {name: spec.shape for name, spec in self.tensors.items()}
+        for block in self.stored_slots:
+            for slot in block:
+                owner = self.map_name(slot)
+                for name, spec in self.map_tensors(slot).items():
+                    shapes[f"{owner}.{name}"] = spec.shape
+        return shapes
 
     def map_name(self, slot: Slot) -> str:
         """Full name of a slot's map in the model."""

@@ -1,6 +1,7 @@
 """What a run is: frozen dataclasses.
 
-A field's docstring is its ``--help`` line; a field's default is what a user gets who says nothing.
+A field's docstring is its ``--help`` line; a field's default is what a user gets who says nothing;
+``Fixed`` or ``Free`` says whether a resumed run may have another value (``config.resuming``).
 Nothing here imports torch, so that ``crnet --help`` and ``crnet list`` answer at once. A method
 that has options is found behind its seam and has a field here under its name.
 """
@@ -8,78 +9,61 @@ that has options is found behind its seam and has a field here under its name.
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any, Literal
 
 from crnet import architectures, linears, optimizers, schedules, streams
 from crnet.config import defaults
+from crnet.config.resuming import Fixed, Free
+from crnet.optimizers._low_precision import Bf16Update
 
 
-def _whole(_: Any, tokens: Any) -> int:
-    # cyclopts would round 2.5 steps to 2 without a word.
-    word, source = tokens[0].value, tokens[0].source
-    if not re.fullmatch(r"[+-]?\d+", word.strip()):
-        at = "" if source == "cli" else f" from {source}"
-        raise ValueError(f"{word!r}{at} is not a whole number (int)")
-    return int(word)
-
-
-Int = Annotated[int, Parameter(converter=_whole)]
-"""A whole number, from the command line or a file; a fraction is an error."""
-
-
-def _choice(text: str, seam: ModuleType) -> Any:
-    known = "; ".join(f"{name}: {seam.get(name).summary}" for name in seam.names())
-    return Annotated[str, Parameter(help=f"{text} {known}.")]
-
-
-if TYPE_CHECKING:
-    Linear = Architecture = Stream = Optimizer = Schedule = str
-else:
-    Linear = _choice("Parameterization of the linear maps of every block.", linears)
-    Architecture = _choice("What a block is made of.", architectures)
-    Stream = _choice("What travels from sublayer to sublayer.", streams)
-    Optimizer = _choice("Optimizer.", optimizers)
-    Schedule = _choice("Learning rate over the steps.", schedules)
+def _method(name: str, text: str, seam: ModuleType) -> Any:
+    """A field that names a method of a seam; its help line lists them all."""
+    known = "; ".join(f"{each}: {seam.get(each).summary}" for each in seam.names())
+    return field(default=name, metadata={"help": f"{text} {known}."})
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelConfig:
     """The shape of the model and what it is made of."""
 
-    architecture: Architecture = defaults.ARCHITECTURE
-    linear: Linear = defaults.LINEAR
-    stream: Stream = defaults.STREAM
-    rank: str = "0.25h"
+    architecture: Fixed[str] = _method(
+        defaults.ARCHITECTURE, "What a block is made of.", architectures
+    )
+    linear: Fixed[str] = _method(
+        defaults.LINEAR, "Parameterization of the linear maps of every block.", linears
+    )
+    stream: Fixed[str] = _method(
+        defaults.STREAM, "What travels from sublayer to sublayer.", streams
+    )
+    rank: Fixed[str] = "0.25h"
     """Ranks, bottom block first: 96 | 96x3,112x4 | 0.25h | aligned-parameters | aligned-memory.
     One position apart from the rest: 96x7/v=128x7/down=128x7. They are those of the blocks that the
     parameterization leaves open (blocks 2..L where the first is full rank)."""
-    hidden_size: Int = 192
+    hidden_size: Fixed[int] = 192
     """Model width h."""
-    intermediate_size: Int = 512
+    intermediate_size: Fixed[int] = 512
     """Feed-forward width f."""
-    num_layers: Int = 8
+    num_layers: Fixed[int] = 8
     """Blocks L."""
-    num_heads: Int = 6
+    num_heads: Fixed[int] = 6
     """Query heads."""
-    num_kv_heads: Int | None = None
+    num_kv_heads: Fixed[int | None] = None
     """Key/value heads (grouped-query attention); none: as many as query heads."""
-    vocab_size: Int | None = None
+    vocab_size: Fixed[int | None] = None
     """Rows of the embedding; none: the tokenizer's."""
-    rope_theta: float = 10_000.0
+    rope_theta: Fixed[float] = 10_000.0
     """Base of the rotary embedding."""
-    norm_eps: float = 1e-6
+    norm_eps: Fixed[float] = 1e-6
     """Epsilon of the norms."""
-    tie_embeddings: bool | None = None
+    tie_embeddings: Fixed[bool | None] = None
     """Use the embedding as the head; none: as the architecture has it."""
-    init_std: float = 0.02
+    init_std: Fixed[float] = 0.02
     """Standard deviation of every dense weight, and of the product of every pair of factors."""
 
 
@@ -87,34 +71,34 @@ class BaseModelConfig:
 class DataConfig:
     """The corpus, the tokenizer, and how tokens become rows."""
 
-    source: tuple[str, ...] = ("python",)
+    source: Fixed[tuple[str, ...]] = ("python",)
     """Corpus: files, folders or globs (text, .jsonl, .parquet, also .gz .xz .zst), a Hugging Face
     data set (allenai/c4, or a folder in its layout), or python: the standard library's own text."""
-    validation_source: tuple[str, ...] = ()
+    validation_source: Fixed[tuple[str, ...]] = ()
     """Validation corpus, as source; none: the source's own validation split, else a share of it."""
-    validation_frac: float = 0.05
+    validation_frac: Fixed[float] = 0.05
     """Share of the documents, chosen by their hash, that is held out where no split exists."""
-    validation_tokens: Int = 10_000_000
-    """Most tokens an evaluation reads."""
-    subset: str | None = None
+    validation_tokens: Free[int] = 10_000_000
+    """Most tokens an evaluation reads; of a larger set always the same rows, spread over it all."""
+    subset: Fixed[str | None] = None
     """Configuration of a Hugging Face data set (for example en)."""
-    text_key: str | None = None
+    text_key: Fixed[str | None] = None
     """Field of a JSON or parquet record that holds the text; several as title,abstract.
     None: text, content, ... whichever is there."""
-    documents: Literal["auto", "file", "paragraph", "line"] = "auto"
+    documents: Fixed[Literal["auto", "file", "paragraph", "line"]] = "auto"
     """What one document of a text file is; auto: the file, long files cut at blank lines."""
-    max_documents: Int | None = None
+    max_documents: Fixed[int | None] = None
     """Read at most so many documents of the source (none: all; sources without an end need one)."""
-    tokenizer: str = "train"
+    tokenizer: Fixed[str] = "train"
     """A tokenizer.json, a SentencePiece .model, a Hugging Face name or folder, or train: byte-level
     BPE trained on the corpus."""
-    vocab_size: Int = 4096
+    vocab_size: Fixed[int] = 4096
     """Entries of a trained tokenizer."""
-    sequence_length: Int = 256
+    sequence_length: Fixed[int] = 256
     """Tokens in a row."""
-    rows: Literal["packed", "document"] = "packed"
+    rows: Fixed[Literal["packed", "document"]] = "packed"
     """packed: rows cut from the stream of documents; document: one a row, cut or padded."""
-    cache_dir: Path | None = None
+    cache_dir: Free[Path | None] = None
     """Where prepared tokens are kept; none: $XDG_CACHE_HOME/crnet, else ~/.cache/crnet."""
 
 
@@ -122,23 +106,23 @@ class DataConfig:
 class BaseOptimizerConfig:
     """The optimizer and its schedule."""
 
-    name: Optimizer = defaults.OPTIMIZER
-    lr: float = 1.5e-3
+    name: Fixed[str] = _method(defaults.OPTIMIZER, "Optimizer.", optimizers)
+    lr: Free[float] = 1.5e-3
     """Peak learning rate; low-rank factors take a share of it (model.LINEAR.lr-factor)."""
-    beta1: float = 0.9
+    beta1: Fixed[float] = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.999
+    beta2: Fixed[float] = 0.999
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: Fixed[float] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.0
+    weight_decay: Fixed[float] = 0.0
     """Decoupled weight decay of matrices."""
-    schedule: Schedule = defaults.SCHEDULE
-    warmup_frac: float = 0.1
-    """Share of the steps over which the rate rises linearly."""
-    min_lr_frac: float = 0.1
+    schedule: Fixed[str] = _method(defaults.SCHEDULE, "Learning rate over the steps.", schedules)
+    warmup_frac: Free[float] = 0.1
+    """Share of the steps over which the rate rises linearly, to the nearest whole step."""
+    min_lr_frac: Free[float] = 0.1
     """Share of the peak rate at which the schedule ends."""
-    clip_norm: float = 1.0
+    clip_norm: Free[float] = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
 
 
@@ -146,44 +130,55 @@ class BaseOptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: Int = 300
+    steps: Free[int] = 300
     """Optimizer steps."""
-    batch_size: Int = 8
+    batch_size: Fixed[int] = 8
     """Sequences per step."""
-    micro_batch_size: Int | None = None
-    """Sequences per forward pass; none: the whole batch at once."""
-    seed: Int = 0
+    micro_batch_size: Free[int | None] = None
+    """Most sequences per forward pass; none: the whole batch at once."""
+    seed: Fixed[int] = 0
     """Seed of the initial weights and of the order of the data."""
-    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
-    """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: everything bf16."""
-    recompute: Literal["none", "block", "invert", "replay", "auto"] = "none"
+    precision: Fixed[Literal["auto", "fp32", "bf16-mixed", "bf16"]] = "auto"
+    """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: weights too, only gains fp32;
+    auto: bf16-mixed on a GPU, fp32 on a CPU."""
+    bf16_update: Fixed[Bf16Update] = "masters"
+    """How bf16 weights take their updates. masters: fp32 copies and states of all (8 bytes more a
+    parameter under adamw); vectors: of norms, biases and gains alone; stochastic: as vectors, and
+    matrices rounded at random (no bytes more); plain: all to nearest, what starts at 1 stays."""
+    tf32: Free[bool] = True
+    """Allow TF32 in fp32 products on a GPU."""
+    recompute: Free[Literal["none", "block", "invert", "replay", "auto"]] = "none"
     """What the backward pass computes again instead of keeping it. none; block: whole blocks;
     replay: maps' outputs, upwards from kept ones, exact to the bit; invert: the same downwards (the
     paper's algorithm 1), not exact; auto: the fastest that fits the budget."""
-    recompute_layers: str | None = None
+    recompute_layers: Free[str | None] = None
     """Blocks, from 1, whose outputs replay and invert keep: 4,8,12 or every-8; none: those of the
     least peak (replay), every 8th (invert)."""
-    recompute_attention: Literal["rerun", "keep"] = "rerun"
+    recompute_attention: Free[Literal["rerun", "keep"]] = "rerun"
     """replay and invert: run attention again, or keep its output."""
-    invert_tolerance: float = 0.05
+    invert_tolerance: Free[float] = 0.05
     """invert keeps more blocks' outputs where the bound of the relative error would pass this."""
-    activation_budget_gib: float | None = None
+    activation_budget_gib: Free[float | None] = None
     """auto: most memory for activations and their gradients, in GiB."""
-    compile: bool = False
+    compile: Free[bool] = False
     """Compile the blocks with torch.compile."""
-    device: str = "auto"
+    deterministic: Free[bool] = False
+    """The same bits from the same run on the same GPU, slower; on a CPU that is always so."""
+    kernels: Free[Literal["auto", "eager"]] = "auto"
+    """auto: on a CUDA device with Triton, fused kernels (docs/kernels.md); eager: torch's own."""
+    device: Free[str] = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU where there is one."""
-    threads: Int | None = None
+    threads: Free[int | None] = None
     """CPU threads of torch; none: torch's choice."""
-    log_every_steps: Int = 10
+    log_every_steps: Free[int] = 10
     """Steps between two training rows of metrics.jsonl."""
-    eval_every_steps: Int = 100
+    eval_every_steps: Free[int] = 100
     """Steps between two evaluations; 0: only before the first and after the last step."""
-    save_every_steps: Int = 100
+    save_every_steps: Free[int] = 100
     """Steps between two checkpoints; 0: only after the last step."""
-    keep_checkpoints: Int = 2
+    keep_checkpoints: Free[int] = 2
     """Newest checkpoints kept; 0: all."""
-    tensorboard: bool = False
+    tensorboard: Free[bool] = False
     """Also write TensorBoard event files into the run folder."""
 
 
@@ -204,6 +199,26 @@ def choose(section: Any, key: str, name: str) -> Any:
     if name != former and (options := options_of(section, former)) is not None:
         changes[field_name(former)] = type(options)()
     return dataclasses.replace(section, **changes)
+
+
+Precision = Literal["fp32", "bf16-mixed", "bf16"]
+
+
+def precision_of(train: TrainConfig, kind: str | None = None) -> Precision:
+    """The precision that ``auto`` stands for.
+
+    ``kind``: of the device (torch's word: cpu, cuda); None: as ``train.device`` says, a CPU where
+    that says ``auto`` too.
+    """
+    if train.precision != "auto":
+        return train.precision
+    kind = kind or train.device.partition(":")[0]
+    return "fp32" if kind in ("auto", "cpu") else "bf16-mixed"
+
+
+def update_of(train: TrainConfig) -> Bf16Update | None:
+    """How the weights of a bf16 run take their updates; None in another precision."""
+    return train.bf16_update if train.precision == "bf16" else None
 
 
 def settings_of(section: BaseOptimizerConfig, seed: int) -> optimizers.Settings:
@@ -245,7 +260,7 @@ else:
 class RunConfig:
     """Everything that decides a run's numbers."""
 
-    preset: str = "tiny"
+    preset: Fixed[str] = "tiny"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -253,20 +268,3 @@ class RunConfig:
 
 
 SECTIONS = ("model", "data", "optimizer", "train")
-
-_ON_RESUME: dict[str, tuple[bool, tuple[str, ...]]] = {
-    # Whether the keys of a section stay, and the keys for which it is the other way round.
-    "model": (True, ()),
-    "data": (True, ("cache_dir", "validation_tokens")),
-    "optimizer": (
-        False,  # its state holds these, and would silently prevail
-        ("name", "beta1", "beta2", "eps", "weight_decay", *map(field_name, optimizers.names())),
-    ),
-    "train": (False, ("seed", "precision")),
-}
-
-
-def stays_on_resume(section: str, key: str) -> bool:
-    """Whether a resumed run must have the value of a key that it began with."""
-    stays, others = _ON_RESUME[section]
-    return stays != (key in others)

@@ -1,42 +1,92 @@
-"""What a step takes on hardware: a roofline, and the bytes between devices."""
+"""Devices: what products and memory reach, by vendors' data sheets; bytes between devices."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from crnet.cost.kept import kept_bytes
-from crnet.cost.step import step_flops
+from crnet.cost.micro_batch import Precision
 from crnet.cost.workload import Workload
 from crnet.errors import ConfigError
-from crnet.recompute.plan import RecomputePlan
 
 
 @dataclass(frozen=True)
 class Device:
-    """A roofline: what products can reach, and how fast memory is read and written."""
+    """A device's peaks, and the shares of them that kernels reach.
+
+    The shares, the launch and the issue are those that fit eager traces of this package's models on
+    an H100 (a product at 0.7 of the peak, memory at 0.9 in products and 0.8 elsewhere, 2.5 us a
+    kernel); they were estimated, not measured here.
+    """
 
     name: str
-    flops_per_s: float
+    bf16_flops_per_s: float
+    """Dense, on tensor cores, summed in fp32."""
+    tf32_flops_per_s: float
+    fp32_flops_per_s: float
+    """Without tensor cores: what torch does by default."""
     bytes_per_s: float
+    product_frac: float = 0.7
+    product_bytes_frac: float = 0.9
+    pass_bytes_frac: float = 0.8
+    launch_s: float = 2.5e-6
+    """Of a kernel, on the device."""
+    issue_s: float = 14e-6
+    """Of an operation, on the host: an eager step takes no less."""
+
+    def flops_per_s(self, precision: Precision) -> float:
+        """The peak of the products of a run."""
+        return self.fp32_flops_per_s if precision == "fp32" else self.bf16_flops_per_s
+
+
+def _reached(name: str, flops_per_s: float, bytes_per_s: float) -> Device:
+    """A device whose figures are what it reaches."""
+    ones = {"product_frac": 1.0, "product_bytes_frac": 1.0, "pass_bytes_frac": 1.0}
+    free = {"launch_s": 0.0, "issue_s": 0.0}
+    return Device(name, flops_per_s, flops_per_s, flops_per_s, bytes_per_s, **ones, **free)
 
 
 DEVICES = {
     device.name: device
     for device in (
-        # Vendors' data sheets: dense bf16 tensor products, memory bandwidth.
-        Device("a100-40g", 312e12, 1.555e12),
-        Device("a100-80g", 312e12, 2.039e12),
-        Device("h100", 989e12, 3.35e12),
-        Device("h200", 989e12, 4.8e12),
+        # Vendors' data sheets: dense bf16, TF32, fp32; memory. Devices whose sheets disagree are
+        # left out.
+        Device("a100-40g", 312e12, 156e12, 19.5e12, 1.555e12),
+        Device("a100-80g", 312e12, 156e12, 19.5e12, 2.039e12),
+        Device("a100-80g-pcie", 312e12, 156e12, 19.5e12, 1.935e12),
+        Device("h100", 989e12, 494e12, 67e12, 3.35e12),
+        Device("h100-pcie", 756e12, 378e12, 51e12, 2.0e12),
+        Device("h100-nvl", 835e12, 417e12, 60e12, 3.9e12),
+        Device("h200", 989e12, 494e12, 67e12, 4.8e12),
+        Device("l40s", 362e12, 183e12, 91.6e12, 0.864e12),
+        Device("l4", 121e12, 60e12, 30.3e12, 0.3e12),
+        Device("rtx-3090", 71e12, 35.6e12, 35.6e12, 0.936e12),
+        Device("rtx-4090", 165e12, 82.6e12, 82.6e12, 1.008e12),
+        Device("rtx-5090", 209.5e12, 104.8e12, 104.8e12, 1.792e12),
         # Two cores with AVX-512, fp32: what benchmarks/block_time.py reaches at full rank.
-        Device("cpu", 0.3e12, 20e9),
+        _reached("cpu", 0.3e12, 20e9),
     )
 }
+_BY_VENDORS_NAME = {
+    "NVIDIA A100-PCIE-40GB": "a100-40g",
+    "NVIDIA A100-SXM4-40GB": "a100-40g",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA A100 80GB PCIe": "a100-80g-pcie",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA H100 NVL": "h100-nvl",
+    "NVIDIA H200": "h200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA L4": "l4",
+    "NVIDIA GeForce RTX 3090": "rtx-3090",
+    "NVIDIA GeForce RTX 4090": "rtx-4090",
+    "NVIDIA GeForce RTX 5090": "rtx-5090",
+}
+"""The whole name, as the driver gives it: a laptop's or a slice of one is another device."""
 
 
 def device(text: str) -> Device:
-    """A device by name, or by ``FLOPS,GBPS`` (312e12,2039).
+    """A device by name, or by ``FLOPS,GBPS`` that it reaches (220e12,1600).
 
     Raises:
         ConfigError: neither.
@@ -49,20 +99,24 @@ def device(text: str) -> Device:
         flops = gigabytes = 0.0
     if not (0 < flops < math.inf and 0 < gigabytes < math.inf):
         raise ConfigError(
-            f"--device {text!r} is unknown; take {', '.join(DEVICES)}, or FLOPS,GBPS such as "
-            "312e12,2039"
+            f"--device {text!r} is unknown; take {', '.join(DEVICES)}, or FLOPS,GBPS that it "
+            "reaches, such as 220e12,1600"
         )
-    return Device(text, flops, gigabytes * 1e9)
+    return _reached(text, flops, gigabytes * 1e9)
 
 
-def device_of(kind: str, name: str) -> Device:
-    """The entry of a device that is there: by torch's kind (cpu, cuda) and the vendor's name."""
-    words = name.lower()
+def is_gpu(on: Device) -> bool:
+    """Whether it is one of the GPUs above; a roofline in figures is no one's."""
+    return on.name in DEVICES and on.name != "cpu"
+
+
+def device_of(kind: str, name: str) -> Device | None:
+    """The entry of a device that is there, by torch's kind (cpu, cuda) and the vendor's name; None
+    where it is unknown: its time is then not foreseen."""
     if kind == "cpu":
         return DEVICES["cpu"]
-    if "a100" in words:
-        return DEVICES["a100-40g" if "40g" in words else "a100-80g"]
-    return DEVICES["h200" if "h200" in words else "h100"]
+    known = _BY_VENDORS_NAME.get(name)
+    return None if known is None else DEVICES[known]
 
 
 def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
@@ -70,10 +124,10 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
 
     ``data``: gradients all-reduced in a ring, 2 (n - 1)/n of them. ``sharded``: weights gathered
     for the forward and again for the backward pass of every micro-batch, gradients scattered,
-    (n - 1)/n each. ``pipeline``: what crosses one boundary between blocks, all micro-batches:
-    forward, backward and once more where the block above is run again (eq. 48's factor 3). With a
-    carry from block to block that is the stream and what blocks hand on (6 h + 2 f wide for CR-Net
-    where keys are not grouped, eq. 48's "communication dimension"), else the stream.
+    (n - 1)/n each. ``pipeline``: what crosses one boundary between blocks, all micro-batches, once
+    a pass (``boundary_passes``). With a carry from block to block that is the stream and what
+    blocks hand on (6 h + 2 f wide for CR-Net where keys are not grouped, eq. 48's "communication
+    dimension"), else the stream.
     """
     if ranks < 2:
         return {}
@@ -85,7 +139,7 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
         top.outputs[name] if read.of == "output" else top.bottlenecks[name]
         for name, read in top.reads.items()
     )
-    boundary = 3 * num_micro * (micro_batch.stream_size + carries)
+    boundary = boundary_passes(work) * num_micro * (micro_batch.stream_size + carries)
     return {
         "data": 2 * share * states["gradients"],
         "sharded": share * (2 * num_micro * weights + states["gradients"]),
@@ -94,20 +148,12 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
     }
 
 
-def step_seconds(work: Workload, plan: RecomputePlan, on: Device) -> dict[str, float]:
-    """Least seconds of one optimizer step on a device: a roofline, nothing overlapped.
+def boundary_passes(work: Workload) -> int:
+    """How often the boundary is crossed: eq. 48's factor.
 
-    ``products``: FLOPs at the device's rate, or the weights read three times a micro-batch where
-    that is slower. ``activations``: what autograd would keep is written once and read twice.
-    ``optimizer``: weights and state read and written, gradients read.
+    Forward and backward; a third time where the outputs of one side are rebuilt from the other's,
+    as ``invert`` does and ``replay`` where no segment ends there. ``block`` runs a block again from
+    inputs that its device has kept, and so does every model without carries (the footnote).
     """
-    states, num_micro = work.state_bytes, work.num_micro_batches
-    flops = step_flops(work, plan)["total"]
-    kept = sum(kept_bytes(work.micro_batch, RecomputePlan()).values())
-    moved = 2 * (states["weights"] + states["optimizer state"]) + states["gradients"]
-    parts = {
-        "products": max(flops / on.flops_per_s, 3 * num_micro * states["weights"] / on.bytes_per_s),
-        "activations": 3 * num_micro * kept / on.bytes_per_s,
-        "optimizer": moved / on.bytes_per_s,
-    }
-    return parts | {"total": sum(parts.values())}
+    rebuilds = work.plan.policy in ("invert", "replay")
+    return 3 if rebuilds and work.micro_batch.blocks[-1].reads else 2

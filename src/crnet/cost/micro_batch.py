@@ -6,14 +6,12 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from crnet.architectures import Batch
 from crnet.config.model_spec import ModelSpec
+from crnet.config.sections import Precision
 from crnet.recompute.plan import Added, RecomputePlan, added_layers
 from crnet.specs import BlockWork, Read, Slot, StreamWork, Work
-
-Precision = Literal["fp32", "bf16-mixed", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,8 @@ class MicroBatch:
     sequences: int
     length: int
     precision: Precision = "fp32"
+    device_type: str = "cpu"
+    """torch's word for the kind of device: it decides the rows of a chunk of the loss."""
 
     @property
     def rows(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from crnet.cost.kept import kept_bytes, kept_outputs
 from crnet.cost.micro_batch import BlockBytes, MicroBatch
-from crnet.kernels.loss_chunks import LOSS_CHUNK_ITEMS
+from crnet.kernels.loss_chunks import chunk_rows
 from crnet.recompute.plan import Added, RecomputePlan, segments
 
 
@@ -17,8 +17,8 @@ def peak_bytes(micro_batch: MicroBatch, plan: RecomputePlan, added: Added | None
     """Most bytes of activations and their gradients alive at once in a micro-batch.
 
     The head's weight gradient is counted, those of other parameters are not. Two moments can be the
-    fullest. In the loss everything kept is there, and the head's gradients twice (summed chunk by
-    chunk, then scaled). And in the backward pass of a block: see ``gradients``.
+    fullest. In the loss everything kept is there, and a chunk's logits. And in the backward pass of
+    a block: see ``gradients``.
 
     ``added``: as in ``kept.kept_bytes``.
     """
@@ -41,15 +41,14 @@ def peak_bytes(micro_batch: MicroBatch, plan: RecomputePlan, added: Added | None
 def loss_bytes(micro_batch: MicroBatch) -> int:
     """What the loss needs for a moment, beyond the two gradients that it keeps."""
     shape, e = micro_batch.spec.shape, micro_batch.compute_bytes
-    hidden, vocab_size, rows = shape.hidden_size, shape.vocab_size, micro_batch.rows
-    backward = rows * hidden * e + vocab_size * hidden * 4
-    if micro_batch.precision == "fp32" and rows >= hidden and vocab_size > hidden:
-        return backward  # torch's own loss, whose chunks are small (kernels.loss)
-    # A chunk's logits and probabilities in fp32, their slope in bf16, its share of the gradient.
-    chunk = min(rows, max(1, LOSS_CHUNK_ITEMS // vocab_size)) * vocab_size
-    chunk *= 4 + 4 + (e if e < 4 else 0)
-    casts = 2 * vocab_size * hidden if micro_batch.is_mixed else 0
-    return max(backward, chunk + vocab_size * hidden * e + casts)
+    head = shape.vocab_size * shape.hidden_size
+    rows = min(micro_batch.rows, chunk_rows(shape.vocab_size, micro_batch.device_type))
+    chunk = rows * shape.vocab_size
+    # A chunk's logits and their logarithms, fp32. Below fp32 its slope, and a product to be added.
+    forward = max(8 * chunk, e * chunk + e * head) if e < 4 else 8 * chunk
+    forward += 2 * head if micro_batch.is_mixed else 0  # the head's cast
+    backward = 2 * head if micro_batch.precision == "bf16" else 0  # the gradient in its own dtype
+    return max(forward, backward)
 
 
 def gradients(micro_batch: MicroBatch, plan: RecomputePlan, block: BlockBytes) -> int:

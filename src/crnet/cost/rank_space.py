@@ -13,13 +13,19 @@ from functools import cached_property
 from typing import Literal
 
 from crnet.config.model_spec import ModelSpec, model_spec
-from crnet.config.sections import RunConfig
+from crnet.config.sections import RunConfig, update_of
 from crnet.config.serialize import override
 from crnet.cost.flops import block_flops, dense_block_flops
 from crnet.cost.micro_batch import MicroBatch
 from crnet.cost.peak import peak_bytes
 from crnet.cost.plan_choice import plan_of
-from crnet.cost.workload import Workload, micro_batch_of, resolved, state_bytes, weight_bytes
+from crnet.cost.workload import (
+    Workload,
+    micro_batch_of,
+    num_micro_batches,
+    resolved,
+    state_bytes,
+)
 from crnet.errors import ConfigError
 from crnet.recompute.plan import RecomputePlan
 from crnet.specs import Slot, TensorSpec
@@ -99,9 +105,10 @@ class RankSpace:
             self.config.preset,
             spec,
             micro_batch,
-            train.batch_size // micro_batch.sequences,
+            num_micro_batches(train),
             self.config.optimizer,
             plan_of(micro_batch, train),
+            update_of(train),
         )
 
     def use(self, ranks: Ranks, kind: Kind) -> float:
@@ -153,8 +160,9 @@ class RankSpace:
     def _of_tensors(self, tensors: Collection[TensorSpec], kind: Kind) -> int:
         if kind == "parameters":
             return sum(tensor.num_items for tensor in tensors)
-        item = weight_bytes(self.config.train.precision)
-        return sum(state_bytes(tensors, self.config.optimizer, item).values())
+        train, optimizer = self.config.train, self.config.optimizer
+        sizes = state_bytes(tensors, optimizer, update_of(train), num_micro_batches(train))
+        return sum(sizes.values())
 
     def _unit(self, kind: Kind) -> int:
         return self._dense if kind == "flops" else 1

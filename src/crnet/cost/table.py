@@ -2,7 +2,7 @@
 
 Closed forms, no torch. Parameters, weights, gradients, optimizer state, kept activations and FLOPs
 are exact (``crnet profile`` measures each of them beside its prediction), peaks a few percent off,
-times a roofline: what the hardware would take if nothing but its two limits held it back.
+times priced kernel by kernel (``cost.clock``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from crnet.config.units import GIB
-from crnet.cost.hardware import Device, communication_bytes, step_seconds
+from crnet.cost.clock import WAYS, step_seconds
+from crnet.cost.hardware import Device, communication_bytes
 from crnet.cost.kept import kept_bytes
 from crnet.cost.parameters import num_parameters
 from crnet.cost.peak import peak_bytes
@@ -48,8 +49,11 @@ class CostRow:
 def plans(work: Workload) -> dict[str, RecomputePlan]:
     """Every recompute policy that the model can have, with its usual plan; the configured one as
     configured."""
-    found = {policy: usual_plan(work.micro_batch, policy) for policy in policies(work.micro_batch)}
-    return found | ({work.plan.policy: work.plan} if work.plan.policy in found else {})
+    micro_batch, chosen = work.micro_batch, work.plan
+    return {
+        policy: chosen if policy == chosen.policy else usual_plan(micro_batch, policy)
+        for policy in policies(micro_batch)
+    }
 
 
 def cost_rows(work: Workload, on: Device | None = None, ranks: int = 1) -> list[CostRow]:
@@ -92,9 +96,12 @@ def titles(work: Workload, on: Device | None = None, ranks: int = 1) -> dict[Sec
         "communication": f"communication of a step, GiB a rank, {ranks} ranks",
     }
     if on is not None:
+        rate, tf32 = on.flops_per_s(micro_batch.precision), on.tf32_flops_per_s
+        faster = f" ({tf32 / 1e12:g} in TF32)" if rate < tf32 else ""
         found["seconds"] = (
-            f"seconds of a step on {on.name}, recompute {policy}; roofline: "
-            f"{on.flops_per_s / 1e12:g} TFLOPS, {on.bytes_per_s / 1e9:g} GB/s, nothing overlapped"
+            f"seconds of a step on {on.name}, recompute {policy}; {micro_batch.precision} products "
+            f"at {on.product_frac:g} of {rate / 1e12:g} TFLOPS{faster}, "
+            f"{on.bytes_per_s / 1e9:g} GB/s; fused: with kernels that are not here yet"
         )
     return found
 
@@ -110,12 +117,31 @@ def render(
     for section, heading in headings.items():
         group = [row for row in rows if row.section == section]
         lines += [heading] if group else []
+        if section == "seconds":
+            lines += _seconds_lines(group, seen)
+            continue
         for row in group:
             line = f"  {row.term:34}{_shown(row.value, row.unit):>20}"
             if (value := seen.get((section, row.term))) is not None:
                 line += f"{_shown(value, row.unit):>20}{_difference(row.value, value):>14}"
             lines.append(line)
     return "\n".join(lines)
+
+
+def _seconds_lines(group: Sequence[CostRow], seen: Mapping[tuple[str, str], float]) -> list[str]:
+    """A column a way, a line a term; what a clock measured behind the way that ran."""
+    values = {tuple(row.term.split(": ")): row.value for row in group}
+    ways = [way for way in WAYS if any(key[0] == way for key in values)]
+    terms = list(dict.fromkeys(key[1] for key in values))
+    lines = ["  " + " " * 34 + "".join(f"{way:>20}" for way in ways)]
+    for term in terms:
+        columns = "".join(f"{_shown(values[way, term], 's'):>20}" for way in ways)
+        lines.append(f"  {term:34}{columns}")
+    for way in ways:
+        if (value := seen.get(("seconds", f"{way}: total"))) is not None:
+            difference = _difference(values[way, "total"], value)
+            lines.append(f"  {f'measured, {way}':34}{_shown(value, 's'):>20}{difference:>14}")
+    return lines
 
 
 def _shown(number: float, unit: Unit) -> str:

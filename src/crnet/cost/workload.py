@@ -13,10 +13,20 @@ from functools import cached_property
 from crnet import architectures, optimizers
 from crnet.config.check import check
 from crnet.config.model_spec import ModelSpec, model_spec, shape_of
-from crnet.config.sections import OptimizerConfig, RunConfig, choose, options_of
-from crnet.cost.micro_batch import MicroBatch, Precision
+from crnet.config.sections import (
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    choose,
+    options_of,
+    precision_of,
+    update_of,
+)
+from crnet.cost.micro_batch import MicroBatch
 from crnet.cost.plan_choice import plan_of
 from crnet.errors import ConfigError
+from crnet.optimizers import _low_precision as low_precision
+from crnet.optimizers._low_precision import Bf16Update
 from crnet.recompute.plan import RecomputePlan
 from crnet.specs import TensorSpec
 
@@ -33,11 +43,8 @@ class Workload:
     """In one optimizer step."""
     optimizer: OptimizerConfig
     plan: RecomputePlan
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of an item of the weights."""
-        return weight_bytes(self.micro_batch.precision)
+    update: Bf16Update | None
+    """How bf16 weights take their updates; None in another precision."""
 
     def num_parameters(self) -> int:
         """Items of every tensor."""
@@ -46,27 +53,36 @@ class Workload:
     @cached_property
     def state_bytes(self) -> dict[str, int]:
         """Bytes of ``weights``, ``gradients`` and ``optimizer state`` between two steps."""
-        return state_bytes(self.spec.tensors.values(), self.optimizer, self.weight_bytes)
-
-
-def weight_bytes(precision: Precision) -> int:
-    """Of an item of the weights."""
-    return 2 if precision == "bf16" else 4
+        return state_bytes(
+            self.spec.tensors.values(), self.optimizer, self.update, self.num_micro_batches
+        )
 
 
 def state_bytes(
-    tensors: Collection[TensorSpec], optimizer: OptimizerConfig, weight_bytes: int
+    tensors: Collection[TensorSpec],
+    optimizer: OptimizerConfig,
+    update: Bf16Update | None,
+    num_micro_batches: int,
 ) -> dict[str, int]:
-    """Bytes of ``weights``, ``gradients`` and ``optimizer state`` of these tensors."""
+    """Bytes of ``weights``, ``gradients`` and ``optimizer state`` of these tensors.
+
+    ``optimizer state`` holds the fp32 masters of bf16 weights. ``update`` is None where the weights
+    are fp32.
+    """
     method = optimizers.get(optimizer.name)
     options = options_of(optimizer, method.name)
+    weight_bytes = 4 if update is None else 2
     sizes = [(tensor, tensor.item_bytes(weight_bytes)) for tensor in tensors]
     trained = [(tensor, size) for tensor, size in sizes if tensor.trained]
+    gradient = low_precision.gradient_item_bytes
     return {
         "weights": sum(tensor.num_items * size for tensor, size in sizes),
-        "gradients": sum(tensor.num_items * size for tensor, size in trained),
+        "gradients": sum(
+            tensor.num_items * gradient(size, update, num_micro_batches) for tensor, size in trained
+        ),
         "optimizer state": sum(
-            method.state_bytes(tensor, options, size) for tensor, size in trained
+            low_precision.state_bytes(method, tensor, options, size, update)
+            for tensor, size in trained
         ),
     }
 
@@ -93,17 +109,29 @@ def workload(config: RunConfig) -> Workload:
         config.preset,
         spec,
         micro_batch,
-        config.train.batch_size // micro_batch.sequences,
+        num_micro_batches(config.train),
         config.optimizer,
         plan_of(micro_batch, config.train),
+        update_of(config.train),
     )
 
 
 def micro_batch_of(config: RunConfig, spec: ModelSpec) -> MicroBatch:
-    """The micro-batch of a run on a model."""
+    """The micro-batch of a run on a model: never more than its batch."""
     train = config.train
-    sequences = train.micro_batch_size or train.batch_size
-    return MicroBatch(spec, sequences, config.data.sequence_length, train.precision)
+    kind = "cuda" if train.device.startswith("cuda") else "cpu"
+    length, precision = config.data.sequence_length, precision_of(train)
+    return MicroBatch(spec, sequences_of(train), length, precision, kind)
+
+
+def sequences_of(train: TrainConfig) -> int:
+    """Of a micro-batch."""
+    return min(train.micro_batch_size or train.batch_size, train.batch_size)
+
+
+def num_micro_batches(train: TrainConfig) -> int:
+    """In one optimizer step."""
+    return train.batch_size // sequences_of(train)
 
 
 PLAIN = {"recompute": "none", "recompute_attention": "rerun"} | dict.fromkeys(

@@ -26,7 +26,7 @@ def order(seed: int, num_rows: int, start: int, count: int) -> np.ndarray:
     Epoch e (position // num_rows) visits every row once, in an order that (seed, e) decides.
 
     Args:
-        seed: any non-negative integer; its lowest 64 bits count.
+        seed: any non-negative integer; every bit of it counts.
         num_rows: rows in an epoch, at least 1.
         start: first position, at least 0.
         count: positions wanted, at least 0.
@@ -42,7 +42,7 @@ def order(seed: int, num_rows: int, start: int, count: int) -> np.ndarray:
             "be at least 1, the rest at least 0"
         )
     position = np.arange(start, start + count, dtype=np.uint64)
-    key = _mix(_mix(np.full(1, seed & _MASK, np.uint64)) ^ (position // np.uint64(num_rows)))
+    key = _mix(_key(seed) ^ (position // np.uint64(num_rows)))
     half_bits = np.uint64(((num_rows - 1).bit_length() + 1) // 2)
     value = position % np.uint64(num_rows)
     walking = np.arange(count)
@@ -50,6 +50,14 @@ def order(seed: int, num_rows: int, start: int, count: int) -> np.ndarray:
         value[walking] = _feistel(value[walking], key[walking], half_bits)
         walking = walking[value[walking] >= np.uint64(num_rows)]
     return value.astype(np.int64)
+
+
+def _key(seed: int) -> np.ndarray:
+    """uint64, shape (1,); a word of 64 bits is mixed in after the other, the lowest first."""
+    key = _mix(np.full(1, seed & _MASK, np.uint64))
+    while seed := seed >> 64:
+        key = _mix(key ^ np.uint64(seed & _MASK))
+    return key
 
 
 def _mix(value: np.ndarray) -> np.ndarray:

@@ -122,21 +122,40 @@ class Rows:
             targets[i, : size - 1] = tokens[i, 1:size]
         return tokens, targets
 
-    def num_within(self, max_tokens: int) -> int:
-        """Return how many rows, in file order, hold at most ``max_tokens`` tokens of input.
+    def within(self, max_tokens: int) -> np.ndarray:
+        """Return the indices, rising, of rows that hold at most ``max_tokens`` tokens of input.
 
-        Padding is not counted. At least one row, at most all.
+        Padding is not counted. At least one row, at most all. A set that is cut is spread over the
+        whole, as the published evaluations shuffle first: the first rows alone would be the first
+        file of a corpus of several. Which rows it has hangs on nothing but the number of rows and
+        tokens, and a smaller set is part of a larger one.
+
+        Cost: a permutation of the rows where the set is cut.
         """
+        if self._num_tokens() <= max_tokens:
+            return np.arange(len(self))
+        count = len(self)
         if self.mode == "packed":
-            count = max_tokens // self.sequence_length
-        else:
-            lengths = [
-                np.diff(starts.astype(np.int64), append=len(ids))
-                for starts, ids in zip(self._starts, self._ids, strict=True)
-            ]
-            read = np.cumsum(np.minimum(np.concatenate(lengths), self.sequence_length))
-            count = int(np.searchsorted(read, max_tokens, side="right"))
-        return min(max(count, 1), len(self))
+            count = max(max_tokens // self.sequence_length, 1)
+        drawn = order(0, len(self), 0, count)
+        if self.mode == "document":
+            read = np.cumsum(self._sizes()[drawn])
+            drawn = drawn[: max(int(np.searchsorted(read, max_tokens, side="right")), 1)]
+        return np.sort(drawn)
+
+    def _num_tokens(self) -> int:
+        """Tokens of input in all rows; padding is not counted."""
+        if self.mode == "packed":
+            return len(self) * self.sequence_length
+        return int(self._sizes().sum())
+
+    def _sizes(self) -> np.ndarray:
+        """Tokens of each row of mode document."""
+        lengths = [
+            np.diff(starts.astype(np.int64), append=len(ids))
+            for starts, ids in zip(self._starts, self._ids, strict=True)
+        ]
+        return np.minimum(np.concatenate(lengths), self.sequence_length)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -206,7 +225,7 @@ class Batches:
 def validation_batches(
     rows: Rows, batch_size: int, max_tokens: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the validation rows in file order, the same rows whatever the batch size.
+    """Yield the validation rows (``Rows.within``) in file order, the same whatever the batch size.
 
     Args:
         rows: rows of the validation split.
@@ -218,9 +237,9 @@ def validation_batches(
         ConfigError: there is no row.
     """
     check_enough(rows, 1)
-    count = rows.num_within(max_tokens)
-    for start in range(0, count, batch_size):
-        yield rows.batch(np.arange(start, min(start + batch_size, count)))
+    indices = rows.within(max_tokens)
+    for start in range(0, len(indices), batch_size):
+        yield rows.batch(indices[start : start + batch_size])
 
 
 def validation_hash(rows: Rows, max_tokens: int) -> str:

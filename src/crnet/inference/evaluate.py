@@ -1,25 +1,31 @@
-"""Token-weighted loss over a fixed, hashed validation set, in fp32.
+"""Token-weighted loss over a fixed, hashed validation set, in fp32 unless told otherwise.
 
-The figure depends on the weights and the set alone: rows are read in file order, in batches whose
-size is fixed here (so the training micro-batch cannot change even the last bit), losses are summed
-in fp64 and divided by the number of target tokens.
+The figure depends on the weights and the set alone: which rows it has, and their order, are fixed
+(``data.rows.Rows.within``); they are read in batches whose size is fixed here (so the training
+micro-batch cannot change even the last bit), losses are summed in fp64 and divided by the number of
+target tokens.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from crnet.data.rows import Rows, validation_batches
-from crnet.model.build import set_dtype
 from crnet.model.language_model import LanguageModel
 
 TOKENS_AT_ONCE = 8192
 """Input tokens in one forward pass of an evaluation."""
+
+Precision = Literal["fp32", "tf32", "bf16"]
+"""Of products: fp32; tf32: fp32 with the mantissas of products cut to 10 bits, on GPUs that have
+it; bf16: products in bf16 (autocast), norms, softmax and sums in fp32."""
 
 
 @dataclass(frozen=True)
@@ -38,41 +44,139 @@ class Evaluation:
 
 
 def evaluate(model: LanguageModel, rows: Rows, max_tokens: int) -> Evaluation:
-    """Evaluate a model. Arguments, errors and cost: ``evaluate_unless``."""
+    """Evaluate a model in fp32. Arguments, errors and cost: ``evaluate_unless``."""
     found = evaluate_unless(lambda: False, model, rows, max_tokens)
     assert found is not None
     return found
 
 
 def evaluate_unless(
-    stopped: Callable[[], bool], model: LanguageModel, rows: Rows, max_tokens: int
+    stopped: Callable[[], bool],
+    model: LanguageModel,
+    rows: Rows,
+    max_tokens: int,
+    precision: Precision = "fp32",
 ) -> Evaluation | None:
     """Evaluate a model, or give up and return None as soon as ``stopped()`` says so.
 
     Args:
         stopped: asked before every batch.
-        model: on any device. A bf16 model is evaluated through an fp32 copy of its weights.
+        model: on any device. Weights narrower than fp32 are read as fp32 (``widened``), unless
+            products are in bf16.
         rows: rows of the validation split.
         max_tokens: most input tokens read.
+        precision: of products.
     Raises:
         ConfigError: the split holds no row.
-    Cost: one forward pass; memory for the logits of a chunk of rows.
+    Cost: one forward pass, saving nothing; memory for the logits of a chunk of rows, and what
+        ``widened`` takes. The host waits for the device once, at the end. Compiled blocks run as
+        written: they are not compiled once more for these shapes.
     """
     device = next(model.parameters()).device
-    if any(each.dtype in (torch.bfloat16, torch.float16) for each in model.parameters()):
-        model = copy.deepcopy(model)
-        set_dtype(model, torch.float32)
     was_training = model.training
     model.eval()
     batch_size = max(1, TOKENS_AT_ONCE // rows.sequence_length)
-    loss_sum, num_tokens, complete = 0.0, 0, True
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for tokens, targets in validation_batches(rows, batch_size, max_tokens):
-            if stopped():
-                complete = False
-                break
-            loss, count = model(tokens.to(device), targets.to(device))
-            loss_sum += loss.item()
-            num_tokens += int(count.item())
-    model.train(was_training)
-    return Evaluation(loss=loss_sum / num_tokens, tokens=num_tokens) if complete else None
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    num_tokens = torch.zeros((), dtype=torch.int64, device=device)
+    complete = True
+    try:
+        with _computing(model, device, precision):
+            for tokens, targets in validation_batches(rows, batch_size, max_tokens):
+                if stopped():
+                    complete = False
+                    break
+                loss, count = model(tokens.to(device), targets.to(device))
+                loss_sum += loss
+                num_tokens += count
+    finally:
+        model.train(was_training)
+    if not complete:
+        return None
+    total, tokens = loss_sum.item(), int(num_tokens.item())
+    return Evaluation(loss=total / tokens, tokens=tokens)
+
+
+@contextlib.contextmanager
+def _computing(model: LanguageModel, device: torch.device, precision: Precision) -> Iterator[None]:
+    """Without gradients and as written, in a precision."""
+    bf16 = precision == "bf16"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if any(block._compiled_call_impl is not None for block in model.model.blocks()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=bf16))
+        if not bf16:
+            stack.enter_context(widened(model))
+        if device.type == "cuda":
+            stack.enter_context(_fp32_products("tf32" if precision == "tf32" else "ieee"))
+        yield
+
+
+@contextlib.contextmanager
+def _fp32_products(kind: str) -> Iterator[None]:
+    """Meanwhile products of fp32 on a GPU are ``tf32`` or ``ieee``, whatever the run has set."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, kind
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextlib.contextmanager
+def widened(model: LanguageModel) -> Iterator[None]:
+    """Meanwhile, weights narrower than fp32 are fp32: a block's while the block runs, all others
+    throughout. The parameters themselves are not touched and come back.
+
+    Cost: a second copy in fp32 of embedding, head and one block; a cast of every block a forward
+    pass. Numerics: those of a model cast to fp32 whole, bit for bit.
+    """
+    blocks = model.model.blocks()
+    inside = {module for block in blocks for module in block.modules()}
+    outside = [module for module in model.modules() if module not in inside]
+    with contextlib.ExitStack() as stack:
+        stack.callback(_widen(outside))
+        for block in blocks:
+            if _narrow(list(block.modules())):
+                _widen_while_running(block, stack)
+        yield
+
+
+def _widen_while_running(block: nn.Module, stack: contextlib.ExitStack) -> None:
+    """Hook a block for as long as ``stack`` is open."""
+    narrow: list[Callable[[], None]] = []
+
+    def before(*_: Any) -> None:
+        narrow.append(_widen(list(block.modules())))
+
+    def after(*_: Any) -> None:
+        if narrow:  # not where the hook before failed
+            narrow.pop()()
+
+    stack.callback(block.register_forward_pre_hook(before).remove)
+    stack.callback(block.register_forward_hook(after, always_call=True).remove)
+
+
+def _narrow(modules: list[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """(module, name, parameter) of those in fewer bits than fp32 has."""
+    return [
+        (module, name, parameter)
+        for module in modules
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dtype in (torch.bfloat16, torch.float16)
+    ]
+
+
+def _widen(modules: list[nn.Module]) -> Callable[[], None]:
+    """Put fp32 copies in the place of narrow parameters; returns what puts these back. One that
+    several modules share is copied once."""
+    found = _narrow(modules)
+    wide = {id(each): nn.Parameter(each.detach().float(), False) for _, _, each in found}
+    for module, name, parameter in found:
+        module._parameters[name] = wide[id(parameter)]
+
+    def put_back() -> None:
+        for module, name, parameter in found:
+            module._parameters[name] = parameter
+
+    return put_back

@@ -17,14 +17,20 @@ from torch import Tensor
 from crnet.config.model_spec import ModelSpec, model_spec
 from crnet.data import tokenizer
 from crnet.errors import ConfigError
+from crnet.linears._maps import dtype_of
 from crnet.model.build import lay_out, to_memory
 from crnet.model.language_model import LanguageModel
+from crnet.model.padding import pad, stored_on
 from crnet.storage.checkpoint import WEIGHTS, Checkpoint
 
 
-def load_model(saved: Checkpoint, device: torch.device | str = "cpu") -> LanguageModel:
+def load_model(
+    saved: Checkpoint, device: torch.device | str = "cpu", spec: ModelSpec | None = None
+) -> LanguageModel:
     """The model with its weights, in the dtypes that they were trained in.
 
+    Args:
+        spec: of the checkpoint's model, as it is to be stored; None: as the device likes it.
     Raises:
         ConfigError: the weights are not those of the model that the configuration describes.
     Cost: the weights once from the disk; one copy on the CPU beside the model's own memory.
@@ -33,7 +39,7 @@ def load_model(saved: Checkpoint, device: torch.device | str = "cpu") -> Languag
     if not config.vocab_size:
         raise ConfigError(f"{saved.folder}: altered (model.vocab_size is {config.vocab_size!r})")
     try:
-        spec = model_spec(config)
+        spec = spec or stored_on(model_spec(config), device)
     except (ValueError, ArithmeticError) as error:
         raise ConfigError(f"{saved.folder}: its model cannot be built ({error})") from error
     weights = saved.weights()
@@ -73,7 +79,7 @@ def check_weights(
             problems.append(f"{name} is missing")
             continue
         found = weights[name]
-        wanted = dtype if tensor.dtype == "model" else getattr(torch, tensor.dtype)
+        wanted = dtype_of(tensor, dtype)
         if tuple(found.shape) != tensor.shape:
             problems.append(f"{name} has shape {tuple(found.shape)}, not {tensor.shape}")
         if found.dtype != wanted:
@@ -90,7 +96,7 @@ def copy_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
     """Copy weights, already checked, into a model that has memory for them."""
     parameters = dict(model.named_parameters())
     for name, weight in weights.items():
-        parameters[name].copy_(weight)
+        parameters[name].copy_(pad(weight, model.spec.stored_shapes[name]))
 
 
 def pick_device(name: str) -> torch.device:

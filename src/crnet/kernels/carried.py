@@ -20,11 +20,17 @@ Shapes: B batch, T tokens, M = B T rows, D input width, F output width, R rank.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crnet.kernels.precision import cast, compute_dtype
+from crnet.kernels import carried_cuda
+from crnet.kernels.precision import cast, compute_dtype, scaled
+
+DOT_ITEMS = 1 << 30
+"""Most items that one ``torch.dot`` gets."""
 
 Known = tuple[Tensor, Tensor]
 """(Z, Y) of a map whose forward has been computed before."""
@@ -47,8 +53,12 @@ class _LowRank(torch.autograd.Function):
         x_MD, z_MR, a_DR, b_RF, carry_MF, gain_1 = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_carry, wants_gain = ctx.needs_input_grad[:5]
         # The elementwise passes come first, while dY is still in the cache from its producer.
-        dcarry_MF = dy_MF * gain_1 if wants_carry else None
-        dgain_1 = inner(dy_MF, carry_MF).to(gain_1.dtype).view(1) if wants_gain else None
+        if wants_carry and wants_gain and carried_cuda.takes_gradients(dy_MF):
+            dcarry_MF, dgain = carried_cuda.carry_gradients(dy_MF, carry_MF, gain_1)
+        else:
+            dcarry_MF = scaled(dy_MF, gain_1) if wants_carry else None
+            dgain = inner(dy_MF, carry_MF) if wants_gain else None
+        dgain_1 = None if dgain is None else dgain.to(gain_1.dtype).view(1)
         dy_MF = dy_MF.to(x_MD.dtype)
         dz_MR = dy_MF @ b_RF.T if wants_x or wants_a else None
         db_RF = z_MR.T @ dy_MF if wants_b else None
@@ -60,7 +70,11 @@ class _LowRank(torch.autograd.Function):
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """Sum of the elementwise product, 0-d, accumulated in fp32 or better."""
     if left.dtype in (torch.float32, torch.float64):
-        return torch.dot(left.reshape(-1), right.reshape(-1))
+        # torch.dot counts its items in 32 bits.
+        parts = zip(
+            left.reshape(-1).split(DOT_ITEMS), right.reshape(-1).split(DOT_ITEMS), strict=True
+        )
+        return functools.reduce(torch.add, (torch.dot(one, other) for one, other in parts))
     return (left * right).sum(dtype=torch.float32)
 
 
@@ -69,7 +83,9 @@ def _up_project(
 ) -> Tensor:
     if carry_MF is None or gain_1 is None:
         return z_MR @ b_RF
-    y_MF = carry_MF * gain_1
+    if carried_cuda.takes(z_MR):
+        return carried_cuda.up_project(z_MR, b_RF, carry_MF, gain_1)
+    y_MF = scaled(carry_MF, gain_1)
     if y_MF.dtype == z_MR.dtype:
         # Not addmm_: the same product, but torch's FLOP counter does not know it.
         return torch.addmm(y_MF, z_MR, b_RF, out=y_MF)
@@ -92,7 +108,7 @@ def carried_lowrank(
         x_BTD: input of the map.
         a_DR, b_RF: the factors; cast to the compute dtype.
         carry_BTF: the same map's output one block below; cast to ``carry_dtype``.
-        gain_1: ``sign(beta) (|beta| + eps)``, shape (1,); cast to ``carry_dtype``.
+        gain_1: ``sign(beta) (|beta| + eps)``, shape (1,); in fp32 it is multiplied in fp32.
         carry_dtype: of the sum and the result; None: the compute dtype (autocast's where it is on,
             else that of ``x_BTD``).
         known: Z and the result, where a recomputation has them: only the graph is made.
@@ -115,7 +131,7 @@ def carried_lowrank(
             f"B {tuple(b_RF.shape)}, carry {tuple(carry_BTF.shape)} (wanted {wanted})"
         )
     dtype = carry_dtype or compute_dtype(x_BTD)
-    return _apply(x_BTD, a_DR, b_RF, carry_BTF.to(dtype), gain_1.to(dtype), known)
+    return _apply(x_BTD, a_DR, b_RF, carry_BTF.to(dtype), gain_1, known)
 
 
 def low_rank(x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, known: Known | None = None) -> Tensor:
@@ -154,7 +170,6 @@ def up_project(
     """
     dtype = carry_dtype or z_BTR.dtype
     carry_MF = None if carry_BTF is None else rows(carry_BTF.to(dtype))
-    gain_1 = None if gain_1 is None else gain_1.to(dtype)
     y_MF = _up_project(rows(z_BTR), b_RF.to(z_BTR.dtype), carry_MF, gain_1)
     return y_MF.view(*z_BTR.shape[:-1], -1)
 
@@ -166,7 +181,7 @@ def carry_from(y_BTF: Tensor, z_BTR: Tensor, b_RF: Tensor, gain_1: Tensor) -> Te
         y_BTF: ``Y_l``; its dtype is that of the arithmetic and the result. Not modified.
         z_BTR: ``X_l A_l``, as the forward pass computed it.
         b_RF: ``B_l``; cast to the dtype of ``z_BTR``.
-        gain_1: of layer l, not zero; cast to the dtype of ``y_BTF``.
+        gain_1: of layer l, not zero.
     Returns: (B, T, F).
     Cost: 2 M R F FLOPs; allocates M F items.
     Numerics: rounding grows like the product of 1/|gain| over the layers crossed; the bound is
@@ -174,11 +189,14 @@ def carry_from(y_BTF: Tensor, z_BTR: Tensor, b_RF: Tensor, gain_1: Tensor) -> Te
     Source: arXiv:2509.18993, eq. 7.
     """
     y_MF, z_MR, b_RF = rows(y_BTF), rows(z_BTR), b_RF.to(z_BTR.dtype)
-    if y_MF.dtype == z_MR.dtype:
+    if carried_cuda.takes(z_MR):
+        carry_MF = carried_cuda.without_product(y_MF, z_MR, b_RF)
+    elif y_MF.dtype == z_MR.dtype:
         carry_MF = torch.addmm(y_MF, z_MR, b_RF, alpha=-1)
     else:
         carry_MF = y_MF - z_MR @ b_RF
-    return carry_MF.div_(gain_1.to(y_MF.dtype)).view_as(y_BTF)
+    divisor = gain_1.view(()) if gain_1.device.type == "cpu" else gain_1
+    return carry_MF.div_(divisor).view_as(y_BTF)
 
 
 class _Dense(torch.autograd.Function):

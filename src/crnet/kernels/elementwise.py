@@ -13,31 +13,43 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crnet.kernels.compiled import fused
 from crnet.kernels.precision import compute_dtype
+
+
+def _rms_norm_forward(x_BTD, weight_D, eps, dtype):
+    x = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
+    inverse_BT1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse_BT1 = inverse_BT1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * inverse_BT1).to(dtype).mul_(weight_D.to(dtype)), inverse_BT1
+
+
+def _rms_norm_backward(dy_BTD, x_BTD, weight_D, inverse_BT1, wants_weight):
+    normed = x_BTD * inverse_BT1
+    dy = dy_BTD.to(normed.dtype)
+    dweight_D = None
+    if wants_weight:
+        dweight_D = (dy * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
+    dx = dy * weight_D
+    along_BT1 = torch.linalg.vecdot(dx, normed).unsqueeze(-1).div_(normed.shape[-1])
+    dx.addcmul_(normed, along_BT1, value=-1).mul_(inverse_BT1)
+    return dx.to(x_BTD.dtype), dweight_D
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BTD, weight_D, eps, dtype):
-        x = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
-        inverse_BT1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse_BT1 = inverse_BT1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    def forward(ctx, x_BTD, weight_D, eps, dtype, trains):
+        body = fused(_rms_norm_forward, x_BTD) if trains else _rms_norm_forward
+        y_BTD, inverse_BT1 = body(x_BTD, weight_D, eps, dtype)
         ctx.save_for_backward(x_BTD, weight_D, inverse_BT1)
-        return (x * inverse_BT1).to(dtype).mul_(weight_D.to(dtype))
+        return y_BTD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BTD):
-        x_BTD, weight_D, inverse_BT1 = ctx.saved_tensors
-        normed = x_BTD * inverse_BT1
-        dy = dy_BTD.to(normed.dtype)
-        dweight_D = None
-        if ctx.needs_input_grad[1]:
-            dweight_D = (dy * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
-        dx = dy * weight_D
-        along_BT1 = torch.linalg.vecdot(dx, normed).unsqueeze(-1).div_(normed.shape[-1])
-        dx.addcmul_(normed, along_BT1, value=-1).mul_(inverse_BT1)
-        return dx.to(x_BTD.dtype), dweight_D, None, None
+        body = fused(_rms_norm_backward, dy_BTD)
+        dx_BTD, dweight_D = body(dy_BTD, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return dx_BTD, dweight_D, None, None, None
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -52,25 +64,33 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Numerics: statistics in fp32 (fp64 for fp64).
     Source: Zhang and Sennrich 2019.
     """
-    return _RMSNorm.apply(x_BTD, weight_D, eps, compute_dtype(x_BTD))
+    return _RMSNorm.apply(x_BTD, weight_D, eps, compute_dtype(x_BTD), torch.is_grad_enabled())
+
+
+def _swiglu_forward(gate, up):
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def _swiglu_backward(dy, gate, up):
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    dup = dy * silu
+    # d silu/d gate = sigmoid + silu (1 - sigmoid); one exponential instead of two.
+    slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)
+    return slope.mul_(up).mul_(dy), dup
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_BTF, up_BTF):
+    def forward(ctx, gate_BTF, up_BTF, trains):
         ctx.save_for_backward(gate_BTF, up_BTF)
-        return torch.nn.functional.silu(gate_BTF).mul_(up_BTF)
+        body = fused(_swiglu_forward, gate_BTF) if trains else _swiglu_forward
+        return body(gate_BTF, up_BTF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BTF):
-        gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        dup = dy_BTF * silu
-        # d silu/d gate = sigmoid + silu (1 - sigmoid); one exponential instead of two.
-        slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)
-        return slope.mul_(up).mul_(dy_BTF), dup
+        return *fused(_swiglu_backward, dy_BTF)(dy_BTF, *ctx.saved_tensors), None
 
 
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
@@ -79,20 +99,21 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     Source: Shazeer 2020 (arXiv:2002.05202) as LLaMA uses it.
     Deviation: the CR-Net paper's eq. 2 prints one more factor; see docs/paper_map.md.
     """
-    return _SwiGLU.apply(gate_BTF, up_BTF)
+    return _SwiGLU.apply(gate_BTF, up_BTF, torch.is_grad_enabled())
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BTNH, cos_T1H, sin_T1H):
+    def forward(ctx, x_BTNH, cos_T1H, sin_T1H, trains):
         ctx.save_for_backward(cos_T1H, sin_T1H)
-        return _rotate(x_BTNH, cos_T1H, sin_T1H, 1)
+        body = fused(_rotate, x_BTNH) if trains else _rotate
+        return body(x_BTNH, cos_T1H, sin_T1H, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BTNH):
         cos_T1H, sin_T1H = ctx.saved_tensors
-        return _rotate(dy_BTNH, cos_T1H, sin_T1H, -1), None, None
+        return fused(_rotate, dy_BTNH)(dy_BTNH, cos_T1H, sin_T1H, -1), None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
@@ -116,4 +137,4 @@ def rotate(x_BTNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
         (B, T, N, H), contiguous, dtype of ``x_BTNH``. The backward rotates back; nothing is kept.
     Source: RoFormer (arXiv:2104.09864), LLaMA's half-split layout.
     """
-    return _Rotate.apply(x_BTNH, cos_T1H, sin_T1H)
+    return _Rotate.apply(x_BTNH, cos_T1H, sin_T1H, torch.is_grad_enabled())

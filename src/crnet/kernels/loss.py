@@ -1,118 +1,116 @@
 """The head and its cross-entropy, without the logits of all rows at once.
 
-Both backends compute the gradients of a chunk of rows while its logits are at hand, in the forward
-pass, so that neither logits nor probabilities are kept: torch's ``linear_cross_entropy`` (2.13) in
-fp32 on any device, and the chunked equivalent below for older releases and for bf16, whose logits
-it brings to fp32 before the exponential.
+The gradients of a chunk of rows are computed while its logits are at hand, in the forward pass, so
+that neither logits nor probabilities are kept. Refused: torch's ``linear_cross_entropy`` (2.13),
+the same idea; its default chunk of 32 rows takes twice as long as plain logits on a CPU, its best
+one still longer than this, and what it keeps and computes hides from hooks and FLOP counters.
 
-Shapes: M rows, D model width, V vocabulary.
+Shapes: M rows, C rows of a chunk, D model width, V vocabulary.
 """
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crnet.kernels.loss_chunks import LOSS_CHUNK_ITEMS
-from crnet.kernels.precision import cast
+from crnet.kernels import loss_chunks
+from crnet.kernels.precision import compute_dtype
+
+SECOND_PASS = (
+    "a second backward pass through the loss, whose gradients the first one scaled in place: "
+    "retain_graph=True is not supported; run the forward pass again before it"
+)
 
 IGNORED = -100
 """Target of a position that carries no loss."""
 
-HAS_TORCH_BACKEND = hasattr(torch.nn, "LinearCrossEntropyOptions")
 
-
-@contextlib.contextmanager
-def chunked_everywhere() -> Iterator[None]:
-    """Meanwhile the chunked loss takes every case: the same arithmetic, and what it keeps can be
-    seen by autograd's hooks, what it computes by torch's FLOP counter."""
-    global HAS_TORCH_BACKEND
-    had, HAS_TORCH_BACKEND = HAS_TORCH_BACKEND, False
-    try:
-        yield
-    finally:
-        HAS_TORCH_BACKEND = had
-
-
-def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
+def linear_cross_entropy(
+    x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk_rows: int | None = None
+) -> Tensor:
     """Return the sum over rows of ``-log softmax(x W^T)[target]``.
 
     Args:
         x_MD: the last norm's output.
         weight_VD: the head; cast to the compute dtype.
         target_M: int64; -100 leaves a row out.
+        chunk_rows: rows whose logits exist at once; None: ``loss_chunks.chunk_rows``.
     Returns:
         0-d, fp32 (fp64 for fp64).
     Cost: 2 M D V FLOPs forward; with gradients 4 M D V more, in the forward pass.
-        Keeps the two gradients (M D + V D items) and no logits.
-    Numerics: softmax and sums in fp32 or better.
+        Keeps the two gradients (M D + V D items) and no logits. The weight's gradient is scaled in
+        place: a second backward pass through it is an error.
+    Numerics: products in the compute dtype; softmax and sums over chunks in fp32 or better.
     """
-    x_MD, weight_VD = cast(x_MD, weight_VD)
-    if HAS_TORCH_BACKEND and x_MD.dtype == torch.float32 and _torch_wins(x_MD, weight_VD):
-        return torch.nn.functional.linear_cross_entropy(
-            x_MD, weight_VD, target_M, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
-        )
-    return chunked_linear_cross_entropy(x_MD, weight_VD, target_M)
-
-
-def _torch_wins(x_MD: Tensor, weight_VD: Tensor) -> bool:
-    # torch's advice (LinearCrossEntropyOptions): below this its chunks are not worth their cost.
-    width = x_MD.shape[1]
-    return x_MD.shape[0] >= width and weight_VD.shape[0] > width and torch.is_grad_enabled()
+    rows = chunk_rows or loss_chunks.chunk_rows(weight_VD.shape[0], x_MD.device.type)
+    # Inside forward the grad mode is always off, and needs_input_grad does not know of no_grad.
+    wants = torch.is_grad_enabled()
+    return _ChunkedLoss.apply(x_MD, weight_VD, target_M, rows, wants, compute_dtype(x_MD))
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MD, weight_VD, target_M, chunk_rows, differentiable):
+    def forward(ctx, x_MD, weight_VD, target_M, chunk_rows, differentiable, dtype):
         wants_x, wants_weight = (differentiable and it for it in ctx.needs_input_grad[:2])
         wide = torch.float64 if x_MD.dtype == torch.float64 else torch.float32
+        ctx.dtypes = x_MD.dtype, weight_VD.dtype
+        x_MD, weight_VD = x_MD.to(dtype), weight_VD.to(dtype)
         loss = torch.zeros((), dtype=wide, device=x_MD.device)
         dx_MD = torch.empty_like(x_MD) if wants_x else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
         for start in range(0, x_MD.shape[0], chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            target_C, x_CD = target_M[rows], x_MD[rows]
-            logits_CV = (x_CD @ weight_VD.T).to(wide)
-            loss += torch.nn.functional.cross_entropy(
-                logits_CV, target_C, reduction="sum", ignore_index=IGNORED
-            )
-            if not (wants_x or wants_weight):
-                continue
-            kept_C1 = (target_C != IGNORED).unsqueeze(1)
-            slope_CV = torch.softmax(logits_CV, dim=-1)
-            slope_CV.scatter_add_(
-                1, target_C.clamp_min(0).unsqueeze(1), torch.full_like(kept_C1, -1, dtype=wide)
-            )
-            slope_CV = slope_CV.mul_(kept_C1).to(x_MD.dtype)
-            if dx_MD is not None:
-                torch.mm(slope_CV, weight_VD, out=dx_MD[rows])
-            if dweight_VD is not None:
-                dweight_VD += slope_CV.T @ x_CD
+            x_CD, target_C = (each[start : start + chunk_rows] for each in (x_MD, target_M))
+            dx_CD = None if dx_MD is None else dx_MD[start : start + chunk_rows]
+            loss += _chunk(x_CD, weight_VD, target_C, dx_CD, dweight_VD, wide)
         ctx.save_for_backward(dx_MD, dweight_VD)
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.spent = False
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
+        if ctx.spent:
+            raise RuntimeError(SECOND_PASS)
+        ctx.spent = True
         dx_MD, dweight_VD = ctx.saved_tensors
-        dx = None if dx_MD is None else dx_MD * dloss.to(dx_MD.dtype)
-        dweight = None if dweight_VD is None else (dweight_VD * dloss).to(ctx.weight_dtype)
-        return dx, dweight, None, None, None
+        dx_dtype, dweight_dtype = ctx.dtypes
+        dx = None if dx_MD is None else dx_MD.mul_(dloss.to(dx_MD.dtype)).to(dx_dtype)
+        dweight = None if dweight_VD is None else dweight_VD.mul_(dloss).to(dweight_dtype)
+        return dx, dweight, None, None, None, None
 
 
-def chunked_linear_cross_entropy(
-    x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk_rows: int | None = None
+def _chunk(
+    x_CD: Tensor,
+    weight_VD: Tensor,
+    target_C: Tensor,
+    dx_CD: Tensor | None,
+    dweight_VD: Tensor | None,
+    wide: torch.dtype,
 ) -> Tensor:
-    """``linear_cross_entropy`` by chunks of rows, on any torch and dtype; the same result.
+    """Loss of some rows; their gradient into ``dx_CD``, the weight's added to ``dweight_VD``."""
+    logs_CV = torch.log_softmax((x_CD @ weight_VD.T).to(wide), dim=-1)
+    kept_C1 = (target_C != IGNORED).unsqueeze(1)
+    index_C1 = target_C.clamp_min(0).unsqueeze(1)
+    loss = -logs_CV.gather(1, index_C1).masked_fill_(~kept_C1, 0).sum()
+    if dx_CD is None and dweight_VD is None:
+        return loss
+    slope_CV = logs_CV.exp_()
+    slope_CV.scatter_add_(1, index_C1, torch.full_like(kept_C1, -1, dtype=wide))
+    slope_CV = slope_CV.to(x_CD.dtype)
+    del logs_CV
+    # Rows left out are zeroed where they are narrow.
+    if dx_CD is not None:
+        torch.mm(slope_CV, weight_VD, out=dx_CD).masked_fill_(~kept_C1, 0)
+    if dweight_VD is not None:
+        _add_product(dweight_VD, slope_CV.T, x_CD.masked_fill(~kept_C1, 0))
+    return loss
 
-    ``chunk_rows``: rows whose logits exist at once; None: what ``LOSS_CHUNK_ITEMS`` allows.
-    """
-    if chunk_rows is None:
-        chunk_rows = max(1, LOSS_CHUNK_ITEMS // weight_VD.shape[0])
-    # Inside forward the grad mode is always off, and needs_input_grad does not know of no_grad.
-    return _ChunkedLoss.apply(x_MD, weight_VD, target_M, chunk_rows, torch.is_grad_enabled())
+
+def _add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
+    """Add a product, in place."""
+    if sum_VD.dtype == left_VC.dtype:
+        # Not addmm_: the same product, but torch's FLOP counter does not know it.
+        torch.addmm(sum_VD, left_VC, right_CD, out=sum_VD)
+    else:
+        sum_VD += left_VC @ right_CD

@@ -1,13 +1,20 @@
 """The dtype that products are computed in, for operations with a hand-written backward.
 
-Autocast does not look inside a ``torch.autograd.Function``: each of ours casts its inputs first
-(a differentiable cast, so gradients come back in the inputs' own dtypes).
+Autocast does not look inside a ``torch.autograd.Function``: each of ours casts its inputs, and
+gives each gradient in the dtype of its input.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_casts: dict[int, tuple[Tensor, Tensor]] | None = None
+"""By identity of a weight: the weight (held, so that no other takes its identity) and its cast."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -18,7 +25,65 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def cast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """``x`` and the others in ``compute_dtype(x)``. Cost: none where they are in it already."""
+def cast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """``x`` and weights in ``compute_dtype(x)``, differentiable.
+
+    Cost: none where they are in it already.
+    """
     dtype = compute_dtype(x)
-    return tuple(tensor.to(dtype) for tensor in (x, *others))
+    return x.to(dtype), *(_cast(weight, dtype) for weight in weights)
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if _casts is None or weight.dtype == dtype or not isinstance(weight, torch.nn.Parameter):
+        return weight.to(dtype)
+    return _Cast.apply(weight, dtype)
+
+
+class _Cast(torch.autograd.Function):
+    """``weight.to(dtype)`` by ``cast_weight``."""
+
+    @staticmethod
+    def forward(ctx, weight, dtype):
+        ctx.dtype = weight.dtype
+        return cast_weight(weight, dtype).detach()  # another tensor for every graph
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dweight):
+        return dweight.to(ctx.dtype), None
+
+
+def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in a dtype, to be used where no gradient is recorded; inside ``casts_kept`` the same
+    tensor for the same parameter."""
+    if _casts is None or weight.dtype == dtype or not isinstance(weight, torch.nn.Parameter):
+        return weight.to(dtype)
+    if id(weight) not in _casts:
+        _casts[id(weight)] = weight, weight.detach().to(dtype)
+    return _casts[id(weight)][1]
+
+
+@contextlib.contextmanager
+def casts_kept() -> Iterator[None]:
+    """Meanwhile each weight is cast once, however many micro-batches and second runs there are.
+
+    The weights must not change meanwhile. Cost: the casts stay until the end of the context.
+    """
+    global _casts
+    before, _casts = _casts, {}
+    try:
+        yield
+    finally:
+        _casts = before
+
+
+def scaled(tensor: Tensor, gain_1: Tensor) -> Tensor:
+    """``gain * tensor`` in the dtype of the tensor, rounded once: a gain in fp32 stays so."""
+    if tensor.dtype == gain_1.dtype:
+        return tensor * gain_1
+    if tensor.device.type == "cpu":
+        return tensor * gain_1.view(())  # torch's CPU kernels take a number as it is
+    if torch.compiler.is_compiling():
+        return (tensor * gain_1).to(tensor.dtype)
+    return torch.mul(tensor, gain_1, out=torch.empty_like(tensor))

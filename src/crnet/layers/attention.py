@@ -57,18 +57,29 @@ class Attention(nn.Module):
             return y_BTNH.transpose(1, 2)
 
         q_BNTH, k_BKSH, v_BKSH = heads("q"), heads("k"), heads("v")
-        mask = None
+        mask, is_causal = None, True
         if context.caches is not None:
-            k_BKSH, v_BKSH = context.caches[self.layer_idx].append(k_BKSH, v_BKSH)
-            mask = causal_mask(num_new, k_BKSH.shape[2], q_BNTH.device)
-        mix = functools.partial(
-            nn.functional.scaled_dot_product_attention,
-            attn_mask=mask,
-            is_causal=context.caches is None,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+            cache = context.caches[self.layer_idx]
+            is_causal = cache.length == 0  # a mask would rule out the fastest kernels
+            k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH)
+            if not is_causal:
+                mask = causal_mask(num_new, k_BKSH.shape[2], q_BNTH.device)
+        mix = functools.partial(_mix, mask=mask, is_causal=is_causal)
         mixed_BNTH = project.attend(mix, q_BNTH, k_BKSH, v_BKSH)
         return project("o", mixed_BNTH.transpose(1, 2).reshape(batch, num_new, -1))
+
+
+def _mix(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    groups = q_BNTH.shape[1] // k_BKSH.shape[1]
+    if groups > 1 and q_BNTH.is_cuda and q_BNTH.dtype == torch.float32:
+        # torch has no fused kernel for grouped heads in fp32 there: it would keep T x T weights.
+        k_BKSH, v_BKSH = (each.repeat_interleave(groups, dim=1) for each in (k_BKSH, v_BKSH))
+        groups = 1
+    return nn.functional.scaled_dot_product_attention(
+        q_BNTH, k_BKSH, v_BKSH, mask, is_causal=is_causal, enable_gqa=groups > 1
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -139,9 +139,9 @@ class Carries:
         return {key: self._tensors[key] for key in keys}
 
 
-def run_blocks(blocks: Sequence[Block], state: State, context: Any) -> State:
-    """The plain runner: every block in order, everything kept."""
+def run_blocks(blocks: Sequence[Block], state: State, context: Any, run: Any = None) -> State:
+    """The plain runner: every block in order, everything kept. ``run``: as ``Block.forward``'s."""
     carries = Carries()
     for block in blocks:
-        state = carries.take(block, block(context, *state, *carries.of(block)))
+        state = carries.take(block, block(context, *state, *carries.of(block), run=run))
     return state

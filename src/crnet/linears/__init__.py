@@ -38,6 +38,9 @@ class Parameterization:
     """``aligned-parameters`` ...: (hidden_size, num_layers) -> schedule, from a published table."""
     has_ranks: bool = True
     """Whether ``--model.rank`` has an effect."""
+    pads: bool = False
+    """Whether a map may be stored wider, its tensors filled up with zeros: an input of 0 and a
+    gradient of 0 leave the zeros as they are, and no number is drawn by a tensor's shape."""
 
     def problems(self, options: Any, slots: Sequence[Slot]) -> list[str]:
         """What is wrong with options and slots, one sentence each, with the mend."""

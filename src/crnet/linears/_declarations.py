@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from crnet.specs import OWN, Init, Slot, TensorSpec, Work, constant, normal
+from crnet.specs import OWN, Init, Product, Slot, TensorSpec, Traffic, Work, constant, normal
 
 FactorInit = Literal["balanced", "zero-b", "spectral"]
 
@@ -35,6 +35,16 @@ def dense_work(slot: Slot, rows: int) -> Work:
         backward_flops=4 * rows * items,
         weight_items=items,
         unrepeated_flops=2 * rows * items,
+        products=(Product(rows, slot.in_size, slot.out_size),),
+        backward_products=dense_backward(slot, rows),
+    )
+
+
+def dense_backward(slot: Slot, rows: int) -> tuple[Product, ...]:
+    """The gradients of ``x`` and of ``W``."""
+    return (
+        Product(rows, slot.out_size, slot.in_size),
+        Product(slot.out_size, rows, slot.in_size),
     )
 
 
@@ -65,6 +75,24 @@ def pair(slot: Slot, init_a: Init, init_b: Init, lr_factor: float = 1.0) -> dict
     }
 
 
+def factor_products(slot: Slot, rows: int) -> tuple[Product, ...]:
+    """``x A`` and the bottleneck by ``B``."""
+    return (
+        Product(rows, slot.in_size, slot.rank),
+        Product(rows, slot.rank, slot.out_size),
+    )
+
+
+def factor_backward(slot: Slot, rows: int) -> tuple[Product, ...]:
+    """The gradients of the bottleneck, ``B``, ``A`` and ``x``."""
+    return (
+        Product(rows, slot.out_size, slot.rank),
+        Product(slot.rank, rows, slot.out_size),
+        Product(slot.in_size, rows, slot.rank),
+        Product(rows, slot.rank, slot.in_size),
+    )
+
+
 def factors_work(slot: Slot, rows: int, item_bytes: int, gain_bytes: int = 0) -> Work:
     """Of ``(x A) B`` whose bottleneck ``x A`` is kept; with a carry also its gain."""
     items = slot.rank * (slot.in_size + slot.out_size)
@@ -75,6 +103,17 @@ def factors_work(slot: Slot, rows: int, item_bytes: int, gain_bytes: int = 0) ->
         kept_bytes=rows * slot.rank * item_bytes + gain_bytes,
         bottleneck_bytes=rows * slot.rank * item_bytes,
         rebuild_flops=2 * rows * slot.rank * slot.out_size,
+        products=factor_products(slot, rows),
+        backward_products=factor_backward(slot, rows),
+    )
+
+
+def inner_passes(items: int, item_bytes: int) -> Traffic:
+    """Of ``kernels.carried.inner``: a dot in fp32, else a product, a sum and its rounding."""
+    return (
+        Traffic(2 * items * item_bytes, 1)
+        if item_bytes == 4
+        else Traffic(4 * items * item_bytes, 3)
     )
 
 

@@ -21,6 +21,14 @@ Known = tuple[Tensor, Tensor]
 DTYPES = {"float32": torch.float32, "int32": torch.int32, "model": None}
 
 
+def dtype_of(spec: TensorSpec, dtype: torch.dtype) -> torch.dtype:
+    """Of a tensor, where the run's weights have ``dtype``. fp32 is the least: fp64 in fp64 runs."""
+    own = DTYPES[spec.dtype]
+    if own is None or not own.is_floating_point:
+        return own or dtype
+    return torch.promote_types(own, dtype)
+
+
 class LinearMap(nn.Module):
     """A map of one position. Its parameters are registered from their declarations.
 

@@ -10,6 +10,7 @@ class Full(Parameterization):
     name = "full"
     summary = "dense matrices"
     has_ranks = False
+    pads = True
 
     def fixed_rank(self, layer_idx, options):
         return 0

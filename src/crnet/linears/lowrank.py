@@ -25,6 +25,7 @@ class LowRank(Parameterization):
     summary = "W = A B in every block"
     Options = LowRankOptions
     examples = (LowRankOptions(init="spectral"),)
+    pads = True
     published_ranks = TABLE_RANKS
 
     def problems(self, options, slots):

@@ -10,7 +10,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,15 +23,21 @@ from crnet.config.sections import (
     options_of,
 )
 from crnet.errors import ConfigError
-from crnet.linears._maps import DTYPES
+from crnet.linears._maps import dtype_of
 from crnet.measure.contract_cost import check_flops, check_kept_bytes, check_recomputation
 from crnet.measure.examples import Example, batch, examples, train
 from crnet.optimizers import OptimizerMethod
+from crnet.optimizers import _low_precision as low_precision
+from crnet.optimizers._low_precision import Bf16Update
 from crnet.schedules import Schedule, Steps
 
 STEPS = 20
 MARGIN = 1.0
 """The least fall of the loss in nats over ``STEPS`` steps on one batch, from about ln 31 = 3.43."""
+
+
+UPDATES: tuple[Bf16Update | None, ...] = (None, *get_args(Bf16Update))
+"""None: an fp32 run; the others: how bf16 weights take their updates."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def check_tensors(example: Example) -> Iterator[str]:
         yield f"{name} is declared or made, not both"
     for name in parameters.keys() & declared.keys():
         spec, parameter = declared[name], parameters[name]
-        dtype = DTYPES[spec.dtype] or torch.float32
+        dtype = dtype_of(spec, torch.float32)
         made = (tuple(parameter.shape), parameter.requires_grad, parameter.dtype)
         if made != (spec.shape, spec.trained, dtype):
             yield f"{name} is made as {made}, declared as {spec}"
@@ -174,7 +180,7 @@ def check_tensors(example: Example) -> Iterator[str]:
 
 def _bf16_problems(example: Example) -> Iterator[str]:
     for name, parameter in example.build(dtype=torch.bfloat16).named_parameters():
-        wanted = DTYPES[example.spec.tensors[name].dtype] or torch.bfloat16
+        wanted = dtype_of(example.spec.tensors[name], torch.bfloat16)
         if parameter.dtype != wanted:
             yield f"{name} is {parameter.dtype} in a bf16 run, declared {wanted}"
 
@@ -232,30 +238,37 @@ def check_state_bytes(example: Example) -> Iterator[str]:
     """The closed form is the bytes of every tensor of the state after a step."""
     method = optimizers.get(example.optimizer.name)
     options = options_of(example.optimizer, method.name)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = example.build(dtype=dtype)
-        optimizer = example.build_optimizer(model)
+    for update in UPDATES:
+        model = example.build(dtype=_dtype(update))
+        optimizer = example.build_optimizer(model, update)
         train(example, model, optimizer, 2)
         for name, (spec, tensor) in model.trained().items():
             held = sum(_bytes(each) for each in _tensors(optimizer.state[tensor]))
-            declared = method.state_bytes(spec, options, tensor.element_size())
+            size = tensor.element_size()
+            declared = low_precision.state_bytes(method, spec, options, size, update)
             if held != declared:
-                yield f"{name} ({dtype}) holds {held} bytes of state, declared {declared}"
+                yield f"{name} ({_words(update)}) holds {held} bytes of state, declared {declared}"
 
 
 def check_resumes(example: Example) -> Iterator[str]:
     """Saved, loaded into a model of another seed, continued: as one that was never stopped."""
-    model = example.build()
-    optimizer = example.build_optimizer(model)
+    for update in UPDATES if isinstance(example.method, OptimizerMethod) else (None,):
+        for problem in _resume_problems(example, update):
+            yield f"{_words(update)}: {problem}"
+
+
+def _resume_problems(example: Example, update: Bf16Update | None) -> Iterator[str]:
+    model = example.build(dtype=_dtype(update))
+    optimizer = example.build_optimizer(model, update)
     train(example, model, optimizer, 5)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     expected = train(example, model, optimizer, 7, start=5)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    other = example.build(seed=1)
+    other = example.build(seed=1, dtype=_dtype(update))
     other.load_state_dict(saved["model"])
-    other_optimizer = example.build_optimizer(other)
+    other_optimizer = example.build_optimizer(other, update)
     optimizers.load_state(other_optimizer, saved["optimizer"])
     if train(example, other, other_optimizer, 7, start=5) != expected:
         yield "the losses after a resume differ"
@@ -298,6 +311,14 @@ def check_rates(example: Example) -> Iterator[str]:
             yield f"{total} steps: factors lie between {min(forward)} and {max(forward)}"
         if max(forward) < 0.99:
             yield f"{total} steps: the peak rate is never reached ({max(forward):.3f} of it)"
+
+
+def _dtype(update: Bf16Update | None) -> torch.dtype:
+    return torch.bfloat16 if update else torch.float32
+
+
+def _words(update: Bf16Update | None) -> str:
+    return f"bf16, {update}" if update else "fp32"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -14,7 +14,6 @@ from crnet.cost.flops import block_flops
 from crnet.cost.kept import kept_bytes
 from crnet.cost.micro_batch import MicroBatch, Precision
 from crnet.cost.plan_choice import usual_plan
-from crnet.kernels import loss as loss_kernels
 from crnet.measure.examples import Example, batch, train
 from crnet.measure.memory import saved_bytes
 from crnet.model.language_model import LanguageModel
@@ -47,7 +46,7 @@ def check_kept_bytes(example: Example) -> Iterator[str]:
     for micro_batch, model, precision in _cases(example, ("fp32", "bf16", "bf16-mixed")):
         for plan in plans(micro_batch):
             model.recompute(plan)
-            with loss_kernels.chunked_everywhere(), _autocast(precision):
+            with _autocast(precision):
                 counted = saved_bytes(model, *batch())
             declared = sum(kept_bytes(micro_batch, plan).values())
             if counted != declared:
@@ -63,7 +62,7 @@ def check_flops(example: Example) -> Iterator[str]:
             model.recompute(plan)
             forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
             with sdpa_kernel(SDPBackend.MATH):
-                with loss_kernels.chunked_everywhere(), _autocast(precision), forward:
+                with _autocast(precision), forward:
                     total, _ = model(*batch())
                 with backward:
                     total.backward()

@@ -24,6 +24,8 @@ from crnet.model.build import build
 from crnet.model.events import run_events
 from crnet.model.language_model import LanguageModel
 from crnet.optimizers import OptimizerMethod, Settings
+from crnet.optimizers import _low_precision as low_precision
+from crnet.optimizers._low_precision import Bf16Update
 from crnet.schedules import Schedule, Steps
 from crnet.streams import Stream
 
@@ -53,10 +55,13 @@ class Example:
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:
         return build(self.spec, seed, dtype=dtype)
 
-    def build_optimizer(self, model: LanguageModel) -> torch.optim.Optimizer:
+    def build_optimizer(
+        self, model: LanguageModel, update: Bf16Update | None = None
+    ) -> torch.optim.Optimizer:
+        """``update``: of a bf16 model; None: the method's own work on it."""
         method = optimizers.get(self.optimizer.name)
         options = options_of(self.optimizer, method.name)
-        return method.build(model.trained(), options, self.settings)
+        return low_precision.build(method, model.trained(), options, self.settings, update)
 
 
 def examples(method: Any) -> list[Example]:

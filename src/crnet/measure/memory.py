@@ -15,8 +15,7 @@ def saved_bytes(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> 
     """Bytes that autograd keeps between forward and backward, parameters not counted.
 
     Each storage counts once, whole, however many tensors look at it. What an operation hides
-    from autograd's hooks (torch's ``linear_cross_entropy``: the head's two gradients) is not seen.
-    Recomputation hides nothing: what it keeps, it keeps through autograd.
+    from autograd's hooks is not seen; nothing of ours does.
 
     Args:
         tokens_BT, targets_BT: one micro-batch.

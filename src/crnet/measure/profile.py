@@ -1,15 +1,17 @@
 """The cost model's rows, measured: the same sections and terms, counted on a model that runs.
 
-Parameters by ``numel``, state by walking it, kept activations by hooks, FLOPs by torch's counter,
-peaks by a trace of every allocation (CPU) or the allocator (GPU), the step by a clock. Tokens are
-random: no cost hangs on them.
+Parameters by ``numel``, state by walking it, kept activations by hooks, FLOPs by torch's counter on
+tensors without memory (MATH attention would hold every pair of tokens), peaks by a trace of every
+allocation (CPU) or the allocator (GPU), the step by a clock. Tokens are random: no cost hangs on
+them.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +24,14 @@ from crnet.config.sections import options_of, settings_of
 from crnet.cost.parameters import num_parameters, terms
 from crnet.cost.table import CostRow, make_rows, plans
 from crnet.cost.workload import Workload
-from crnet.kernels import loss
+from crnet.kernels.carried_cuda import FLOPS
 from crnet.measure.memory import peak_bytes, saved_bytes
+from crnet.measure.traffic import without_memory
 from crnet.model.build import build
+from crnet.model.language_model import LanguageModel
+from crnet.model.padding import stored_on
+from crnet.model.seeds import generator_of
+from crnet.optimizers import _low_precision as low_precision
 from crnet.recompute.plan import RecomputePlan
 
 
@@ -50,13 +57,15 @@ class Probe:
         self.work, self.device, self.rounds = work, device, rounds
         self.micro_batch = micro_batch = work.micro_batch
         dtype = torch.bfloat16 if micro_batch.precision == "bf16" else torch.float32
-        self.model = build(work.spec, seed, device, dtype)
-        self.model.run_events(0, seed)
         chosen = work.optimizer
         method = optimizers.get(chosen.name)
+        self.model = build(stored_on(work.spec, device, method), seed, device, dtype)
+        self.model.run_events(0, seed)
         options, settings = options_of(chosen, method.name), settings_of(chosen, seed)
-        self.optimizer = method.build(self.model.trained(), options, settings)
-        generator = torch.Generator().manual_seed(seed)
+        parameters = self.model.trained()
+        low_precision.widen_gradients(parameters, work.update, work.num_micro_batches)
+        self.optimizer = low_precision.build(method, parameters, options, settings, work.update)
+        generator = generator_of(seed, "tokens")
         shape = (micro_batch.sequences, micro_batch.length)
         vocab_size = work.spec.shape.vocab_size
         self.tokens, self.targets = (
@@ -78,13 +87,12 @@ class Probe:
             *make_rows("peak", "bytes", peaks),
             *make_rows("memory", "bytes", {n: state["total"] + size for n, size in peaks.items()}),
             *make_rows("flops", "count", flops),
-            *make_rows("seconds", "s", {"total": seconds}),
+            *make_rows("seconds", "s", {"eager: total": seconds}),
         ]
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.micro_batch.precision == "bf16-mixed"
-        )
+    def autocast(self, device: str | None = None) -> torch.autocast:
+        device = device or self.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.micro_batch.is_mixed)
 
     def forward(self) -> Tensor:
         with self.autocast():
@@ -113,8 +121,7 @@ class Probe:
 
     def kept(self, plan: RecomputePlan) -> int:
         self.model.recompute(plan)
-        # torch's own loss keeps the head's gradients out of sight.
-        with loss.chunked_everywhere(), self.autocast():
+        with self.autocast():
             return saved_bytes(self.model, self.tokens, self.targets)
 
     def peak(self, plan: RecomputePlan) -> int:
@@ -139,19 +146,36 @@ class Probe:
 
     def forward_flops(self) -> tuple[int, int]:
         """Of the blocks, and of the head with its gradients, which the loss computes at once."""
-        self.model.recompute(RecomputePlan())
-        with sdpa_kernel(SDPBackend.MATH), loss.chunked_everywhere():
-            with FlopCounterMode(display=False) as both:
-                self.forward()
-            with FlopCounterMode(display=False) as blocks, torch.no_grad(), self.autocast():
-                self.model.hidden(self.tokens)
-        return blocks.get_total_flops(), both.get_total_flops() - blocks.get_total_flops()
+
+        def run(model: LanguageModel, tokens: Tensor) -> tuple[int, int]:
+            with sdpa_kernel(SDPBackend.MATH), self.autocast("cpu"):
+                with FlopCounterMode(display=False, custom_mapping=FLOPS) as both:
+                    model(tokens, tokens)
+                with (
+                    FlopCounterMode(display=False, custom_mapping=FLOPS) as blocks,
+                    torch.no_grad(),
+                ):
+                    model.hidden(tokens)
+            return blocks.get_total_flops(), both.get_total_flops()
+
+        blocks, both = without_memory(run, self.micro_batch)
+        return blocks, both - blocks
 
     def backward_flops(self, plan: RecomputePlan) -> int:
-        self.model.recompute(plan)
+        """``replay`` and ``invert`` look at values, so one and two rows are run; FLOPs grow by the
+        same with every row."""
+        count = self.micro_batch.sequences
+        if plan.policy in ("none", "block"):
+            return without_memory(partial(self._backward, plan), self.micro_batch)
+        rows = [self._backward(plan, self.model, self.tokens[:n]) for n in (1, 2)]
+        return rows[0] + (count - 1) * (rows[-1] - rows[0])
+
+    def _backward(self, plan: RecomputePlan, model: LanguageModel, tokens: Tensor) -> int:
+        model.recompute(plan)
         with sdpa_kernel(SDPBackend.MATH):
-            total = self.forward()
-            with FlopCounterMode(display=False) as counter:
+            with self.autocast(tokens.device.type):
+                total, _ = model(tokens, tokens)
+            with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
                 total.backward()
         return counter.get_total_flops()
 
@@ -169,6 +193,45 @@ class Probe:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start_s)
         return statistics.median(times[1:])
+
+
+def product_seconds(work: Workload, device: torch.device) -> dict[str, float]:
+    """Seconds of a product of the model's shape in ``fp32`` and in ``bf16`` on this device.
+
+    Some processors have no bf16 product and take hundreds of times longer: on a CPU the shape is
+    cut down to a few million FLOPs. The least of four.
+    """
+    shape = work.spec.shape
+    rows, inner, columns = 4096, shape.hidden_size, shape.intermediate_size
+    if device.type == "cpu":
+        rows, inner, columns = 32, min(inner, 512), min(columns, 512)
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        left = torch.ones(rows, inner, dtype=dtype, device=device)
+        right = torch.ones(inner, columns, dtype=dtype, device=device)
+        found[name] = min(_timed(lambda x=left, w=right: x @ w, device) for _ in range(4))
+    return found
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    start_s = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start_s
+
+
+def precision_advice(seconds: Mapping[str, float]) -> str:
+    """One sentence on ``product_seconds``."""
+    fast, slow = sorted(seconds, key=lambda name: seconds[name])
+    times = seconds[slow] / seconds[fast]
+    if times < 1.1:
+        return "a product takes as long in fp32 as in bf16 here"
+    words = {"fp32": "fp32", "bf16": "bf16-mixed (or bf16)"}
+    return (
+        f"a product in {slow} takes {times:.1f} times as long as in {fast} here: "
+        f"--train.precision {words[fast]} is the faster"
+    )
 
 
 def _bytes(value: Any) -> int:

@@ -11,6 +11,8 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +22,8 @@ from torch import Tensor, nn
 from crnet.config.model_spec import ModelSpec
 from crnet.kernels.loss import IGNORED, linear_cross_entropy
 from crnet.layers.block import Block, State, run_blocks
-from crnet.layers.cache import LayerCache
+from crnet.layers.cache import LayerCache, all_or_none
+from crnet.layers.compiled_blocks import CompiledForward
 from crnet.model.seeds import generator_of
 from crnet.recompute.engine import Recomputation
 from crnet.recompute.plan import Added, RecomputePlan
@@ -69,7 +72,7 @@ def _make_block(spec: ModelSpec, layer_idx: int) -> Block:
         spec.shape, spec.architecture_options, layer_idx, spec.keeps_activation
     )
     maps = {}
-    for slot in spec.slots[layer_idx]:
+    for slot in spec.stored_slots[layer_idx]:
         maps[slot.position] = made = linear.make(slot, options)
         if "bias" in (tensors := spec.map_tensors(slot)):
             made.bias = nn.Parameter(torch.empty(tensors["bias"].shape))
@@ -100,6 +103,7 @@ class LanguageModel(nn.Module):
         self.model = Backbone(spec)
         shape = spec.shape
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self._plan, self._run = RecomputePlan(), None
         self.tie_head()
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,10 +131,11 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V), or (B, 1, V) of the last token where ``last_only``.
 
-        With ``caches``, the tokens continue what is in them.
+        With ``caches``, the tokens continue what is in them; where the pass fails, none is added.
         """
-        x_BTD = self.model(tokens_BT, caches)
-        return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
+        with all_or_none(caches or ()):
+            x_BTD = self.model(tokens_BT, caches)
+            return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """The normed stream after the last block, (B, T, D): the model without its head."""
@@ -163,19 +168,31 @@ class LanguageModel(nn.Module):
         """The modules to shard one by one, before the whole: the blocks."""
         yield from self.model.blocks()
 
-    def compile_blocks(self) -> None:
-        """Compile every block by itself: equal blocks share the code."""
-        for block in self.model.blocks():
-            block.compile()
+    def compile_blocks(self, backend: Any = "inductor") -> None:
+        """Compile every kind of block, for passes that are differentiated."""
+        self._run = CompiledForward(backend)
+        self.recompute(self._plan)
 
     def recompute(self, plan: RecomputePlan) -> None:
         """Keep for the backward pass what ``plan`` says, from now on."""
-        self.model.runner = run_blocks if plan.policy == "none" else Recomputation(plan)
+        self._plan = plan
+        plain = functools.partial(run_blocks, run=self._run)
+        self.model.runner = plain if plan.policy == "none" else Recomputation(plan, self._run)
+
+    def fixed_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Around the micro-batches of a step: nobody changes a weight meanwhile."""
+        runner = self.model.runner
+        fixed = isinstance(runner, Recomputation)
+        return runner.fixed_weights() if fixed else contextlib.nullcontext()
 
     def guard_added(self) -> Added:
         """What the guard of recompute invert kept in the latest forward pass beyond its plan."""
         runner = self.model.runner
         return runner.added if isinstance(runner, Recomputation) else {}
+
+    def has_events(self, step: int) -> bool:
+        """Whether the parameterization has something due after ``step`` optimizer steps."""
+        return bool(list(self.spec.linear.events(step, self.spec.linear_options)))
 
     @torch.no_grad()
     def run_events(self, step: int, seed: int) -> Mapping[str, Forget]:

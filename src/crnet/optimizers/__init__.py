@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+MASTER = "master"
+"""Entry of a state: the fp32 values that a bf16 parameter is rounded from (``_low_precision``)."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every optimizer is told."""
@@ -43,6 +47,8 @@ class OptimizerMethod:
     """More ``Options`` that the contract is checked with (``measure.contract``)."""
     shards: bool = False
     """Whether it can run on parameters that are split over ranks."""
+    pads: bool = False
+    """Whether zeros that a matrix is filled up with stay, and change no other item's update."""
 
     def problems(self, options: Any) -> list[str]:
         """What is wrong with the options, one sentence each, with the mend."""
@@ -62,7 +68,12 @@ class OptimizerMethod:
         settings: Settings,
     ) -> Optimizer:
         """The optimizer of the trained parameters, by full name. Each of its ``param_groups`` keeps
-        its ``lr_factor``; its state is tensors and numbers (``torch.load(weights_only=True)``)."""
+        its ``lr_factor``; its state is tensors and numbers (``torch.load(weights_only=True)``).
+
+        In a bf16 run the parameters may be fp32 stand-ins, and ``step`` is called several times a
+        step, each time with the gradients of some of them (``_low_precision``): it passes over
+        those that have none, and what it counts, it counts for each tensor.
+        """
         raise NotImplementedError
 
 
@@ -111,8 +122,9 @@ def forget(optimizer: Optimizer, parameter: Tensor, forget: Forget, generator: G
 
     states = [
         value
-        for value in optimizer.state.get(parameter, {}).values()
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, torch.Tensor) and value.dim() and value.shape == parameter.shape
+        if key != MASTER
     ]
     if not states:
         return

@@ -9,6 +9,7 @@ class AdamW(OptimizerMethod):
     name = "adamw"
     summary = "Adam with decoupled weight decay"
     shards = True
+    pads = True
 
     def state_bytes(self, spec, options, item_bytes):
         # Two moments in the parameter's dtype, and torch's step counter, an fp32 scalar.

@@ -31,8 +31,9 @@ more at the peak, and hides the parameters from the hooks of DDP and FSDP2.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crnet.kernels.precision import compute_dtype
 from crnet.layers.block import Block, Carries, State
+from crnet.layers.compiled_blocks import forward
 from crnet.recompute.invert import InvertedBlock
 from crnet.recompute.plan import Added, RecomputePlan, added_layers, inverted_layers, segments
 from crnet.recompute.replay import Rebuilt, Segment
@@ -50,11 +52,14 @@ from crnet.recompute.second_run import gather, refuse_hooks
 class Recomputation:
     """A plan at work on one model: the runner of its blocks."""
 
-    def __init__(self, plan: RecomputePlan):
+    def __init__(self, plan: RecomputePlan, run: Any = None):
+        """``run``: how ``block`` runs a block, as ``Block.forward``'s; None: as written."""
         self.plan = plan
+        self.run = run or forward
         self.added: Added = {}
         """What ``invert``'s guard kept in the latest forward pass beyond the plan's layers, because
         the error would have passed the tolerance."""
+        self._fixed, self._guarded = False, False
 
     def __call__(self, blocks: Sequence[Block], state: State, context: Any) -> State:
         """Run every block; the backward pass after it does what the plan says.
@@ -74,8 +79,28 @@ class Recomputation:
             del returned
         return state
 
+    @contextlib.contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Meanwhile the weights do not change: the guard reads the gains once, which waits for the
+        device, and not in every forward pass. (Version counters do not tell: torch's fused
+        optimizers leave them alone.)"""
+        self._fixed, self._guarded = True, False
+        try:
+            yield
+        finally:
+            self._fixed = False
+
     def _checkpointed(self, blocks: Sequence[Block]) -> list[Any]:
-        return [lambda carries: _checkpointed] * len(blocks)
+        def flat(block: Block, context: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return self.run(block, context, tensors)
+
+        def run(block: Block, context: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            # forward, not the call: hooks of the module (FSDP2's) stay outside, around both runs.
+            return checkpoint(
+                flat, block, context, *tensors, use_reentrant=False, preserve_rng_state=False
+            )
+
+        return [lambda carries: run] * len(blocks)
 
     def _replayed(self, blocks: Sequence[Block]) -> list[Any]:
         rebuilt: Rebuilt = {}
@@ -93,7 +118,8 @@ class Recomputation:
                     "recompute invert turns a block's outputs into those of the block below, and "
                     "this parameterization does not carry them; take replay or block"
                 )
-        self.added = self._guard(blocks)
+        if not (self._fixed and self._guarded):
+            self.added, self._guarded = self._guard(blocks), True
         kept = inverted_layers(self.plan, len(blocks), positions, self.added)
         handed: dict[int, dict[str, Tensor]] = {}
         made = [
@@ -113,13 +139,6 @@ class Recomputation:
             dtype = (column[0].carry_dtype if column else None) or compute
             units[name] = torch.finfo(dtype).eps / 2
         return added_layers(self.plan, gains, units)
-
-
-def _checkpointed(block: Block, context: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    # forward, not the call: hooks of the module (FSDP2's) stay outside, around both runs.
-    return checkpoint(
-        block.forward, context, *tensors, use_reentrant=False, preserve_rng_state=False
-    )
 
 
 def _values(items_1: Sequence[Any]) -> list[float]:

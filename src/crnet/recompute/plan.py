@@ -31,6 +31,11 @@ class RecomputePlan:
     tolerance: float = 0.05
     """invert: largest relative error of a rebuilt output by ``invert_error``."""
 
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a policy that does not exist: nothing would be recomputed."""
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy {self.policy!r}; known are {', '.join(POLICIES)}")
+
 
 def segments(plan: RecomputePlan, num_layers: int) -> list[tuple[int, int]]:
     """(bottom, top) of ``replay``'s segments, 0-based and half open, from the bottom up."""

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from crnet import linears
-from crnet.config.sections import RunConfig
+from crnet.config.sections import RunConfig, precision_of
 from crnet.config.units import GIB
 from crnet.cost.kept import kept_bytes
 from crnet.cost.peak import peak_bytes
@@ -55,8 +55,8 @@ def plot(config: RunConfig, path: Path) -> list[Path]:
     from matplotlib import pyplot
 
     memory, flops = bars(config)
-    sequences = config.train.micro_batch_size or config.train.batch_size
-    batch = f"micro-batch {sequences} x {config.data.sequence_length}"
+    micro_batch = workload(config).micro_batch
+    batch = f"micro-batch {micro_batch.sequences} x {micro_batch.length}"
     figure, panes = pyplot.subplots(1, 2, figsize=(12, 0.36 * len(memory) + 1.6), sharey=True)
     for pane, parts, label in (
         (panes[0], memory, f"GiB at the peak, {batch}"),
@@ -65,7 +65,7 @@ def plot(config: RunConfig, path: Path) -> list[Path]:
         _draw(pane, parts, label)
     figure.suptitle(
         f"{config.preset}: hidden size {config.model.hidden_size}, "
-        f"{config.model.num_layers} blocks, {config.train.precision}"
+        f"{config.model.num_layers} blocks, {precision_of(config.train)}"
     )
     files = [path.with_suffix(ending) for ending in (".png", ".svg")]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,20 @@ class Steps:
     total: int
     """Optimizer steps."""
     warmup_frac: float
-    """Share of them over which the rate rises linearly."""
+    """Share of them over which the rate rises linearly, to the nearest whole step."""
     min_lr_frac: float
     """Share of the peak rate at which it ends."""
 
     @property
-    def warmup(self) -> float:
-        """Steps of the warm-up; may be a fraction."""
-        return self.warmup_frac * self.total
+    def warmup(self) -> int:
+        """The step, counted from 1, at which the rate has risen to the peak: some step has the peak
+        rate whatever the share, and the first where there is no warm-up."""
+        return max(1, whole(self.warmup_frac * self.total))
+
+
+def whole(steps: float) -> int:
+    """The nearest whole number of steps; of two as near, the larger."""
+    return math.floor(steps + 0.5)
 
 
 class Schedule:

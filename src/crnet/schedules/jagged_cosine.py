@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from crnet.schedules import Schedule, Steps
+from crnet.schedules import Schedule, Steps, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,10 @@ class JaggedCosine(Schedule):
     def problems(self, options, steps):
         flag = "--optimizer.jagged-cosine"
         every, rise = _cycle(options, steps)
-        if every < 1 or rise <= 0:
-            return [f"{flag}.restart-every and .rewarmup-steps count steps; take 1 or more"]
+        if every < 2:
+            return [f"{flag}.restart-every {every}: the rate of a restart is zero; take 2 or more"]
+        if rise < 1:
+            return [f"{flag}.rewarmup-steps {rise}: it counts steps; take 1 or more"]
         found = []
         if options.restart_every is not None and steps.total % options.restart_every:
             found.append(
@@ -46,12 +48,12 @@ class JaggedCosine(Schedule):
             )
         if rise >= every:
             found.append(
-                f"{flag}.rewarmup-steps {rise:g} is no less than the {every:g} steps between "
+                f"{flag}.rewarmup-steps {rise} is no less than the {every} steps between "
                 "restarts; take fewer"
             )
         if steps.warmup > every:
             found.append(
-                f"{flag}.restart-every {every:g} lies within the {steps.warmup:g} steps of the "
+                f"{flag}.restart-every {every} lies within the {steps.warmup} steps of the "
                 "warm-up; take more, or a smaller --optimizer.warmup-frac"
             )
         return found
@@ -66,10 +68,12 @@ class JaggedCosine(Schedule):
         return done / rise * _cosine(cycle * every + rise, steps)
 
 
-def _cycle(options: JaggedCosineOptions, steps: Steps) -> tuple[float, float]:
-    """Steps between restarts, and steps of the rise after one."""
-    every = steps.total / 4 if options.restart_every is None else options.restart_every
-    return every, every / 50 if options.rewarmup_steps is None else options.rewarmup_steps
+def _cycle(options: JaggedCosineOptions, steps: Steps) -> tuple[int, int]:
+    """Steps between restarts, and steps of the rise after one; whole, whatever the shares."""
+    every, rise = options.restart_every, options.rewarmup_steps
+    if every is None:
+        every = max(2, whole(steps.total / 4))  # at 1 every step would begin a cycle, at rate zero
+    return every, max(1, whole(every / 50)) if rise is None else rise
 
 
 def _cosine(step: float, steps: Steps) -> float:

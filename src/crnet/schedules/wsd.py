@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from crnet.schedules import Schedule
+from crnet.schedules import Schedule, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ class WSD(Schedule):
     def factor(self, step, options, steps):
         if step <= steps.warmup:
             return step / steps.warmup
-        left = (steps.total - step) / (options.decay_frac * steps.total)
+        decay = min(max(1, whole(options.decay_frac * steps.total)), steps.total - steps.warmup)
+        left = (steps.total - step) / decay
         if left >= 1:
             return 1.0
         height = left if options.shape == "linear" else 1 - math.sqrt(1 - left)

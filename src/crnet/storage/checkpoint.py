@@ -76,13 +76,14 @@ class Contents:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been verified."""
+    """A checkpoint that has been verified, its state perhaps apart (``load``)."""
 
     folder: Path
     config_dict: Mapping[str, Any]
     progress: Progress
     extra: Mapping[str, Any]
     """What the run noted beside (hashes of tokenizer, corpus and validation set)."""
+    state_verified: bool = True
 
     @cached_property
     def config(self) -> RunConfig:
@@ -102,8 +103,10 @@ class Checkpoint:
             raise ConfigError(f"{self.folder / WEIGHTS}: cannot be read ({error})") from error
 
     def state(self) -> dict[str, Any]:
-        """Optimizer and random states, on the CPU."""
+        """Optimizer and random states, on the CPU. Raises ``ConfigError`` where it is damaged."""
         path = self.folder / STATE
+        if not self.state_verified:
+            _verify_file(path, read_json(self.folder / CHECKSUMS).get(STATE))
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -219,9 +222,11 @@ def found(run_dir: Path) -> list[Path]:
     return sorted(folders, key=_step, reverse=True)
 
 
-def newest(run_dir: Path) -> Checkpoint | None:
+def newest(run_dir: Path, *, with_state: bool = True) -> Checkpoint | None:
     """The newest whole checkpoint of a run; a damaged one is named in a warning and passed over.
 
+    Args:
+        with_state: ``load``.
     Raises:
         ConfigError: there are checkpoints and every one is damaged.
     """
@@ -229,7 +234,7 @@ def newest(run_dir: Path) -> Checkpoint | None:
     damage = []
     for folder in folders:
         try:
-            return load(folder)
+            return load(folder, with_state=with_state)
         except ConfigError as error:
             damage.append(str(error))
             warnings.warn(f"{error}; trying the one before it", stacklevel=2)
@@ -239,24 +244,30 @@ def newest(run_dir: Path) -> Checkpoint | None:
 
 
 def resolve(path: Path) -> Checkpoint:
-    """The checkpoint a user means: its folder, or a run folder (its newest whole one)."""
+    """The checkpoint a user means: its folder, or a run folder (its newest whole one).
+
+    For its weights: the optimizer's state, twice their size, is verified where it is asked for.
+    """
     if os.path.exists(path / DESCRIPTION) or os.path.exists(path / CHECKSUMS):
-        return load(path)
-    checkpoint = newest(path)
+        return load(path, with_state=False)
+    checkpoint = newest(path, with_state=False)
     if checkpoint is None:
         near = "it is not there" if not os.path.exists(path) else "it holds no checkpoints/step_N"
         raise ConfigError(f"{path}: no checkpoint ({near}); name a run folder or one of its steps")
     return checkpoint
 
 
-def load(folder: Path) -> Checkpoint:
+def load(folder: Path, *, with_state: bool = True) -> Checkpoint:
     """Verify a checkpoint's files against their checksums and read its description.
 
+    Args:
+        with_state: also the optimizer's state; else it may be damaged or missing, and is verified
+            when it is read.
     Raises:
         ConfigError: a file is missing, truncated or altered (which, and how it differs).
     Cost: reads every file once to hash it; the only time that it is verified.
     """
-    _verify(folder)
+    _verify(folder, with_state)
     description = read_json(folder / DESCRIPTION)
     if description.get("format") != FORMAT:
         raise ConfigError(
@@ -275,28 +286,35 @@ def load(folder: Path) -> Checkpoint:
         config_dict=description["config"],
         progress=Progress(description["step"], description["position"], description["tokens"]),
         extra=description["extra"],
+        state_verified=with_state,
     )
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, with_state: bool) -> None:
     sums = read_json(folder / CHECKSUMS)
     for name, wanted in sums.items():
         if Path(name).name != name or "\0" in name:
             raise ConfigError(
                 f"{folder / CHECKSUMS}: altered ({name!r} is not the name of a file beside it)"
             )
-        if not isinstance(wanted, dict) or {"bytes", "sha256"} - wanted.keys():
-            raise ConfigError(f"{folder / CHECKSUMS}: altered (its entry {name!r} is not whole)")
-        path = folder / name
-        if not path.is_file():
-            raise ConfigError(f"{path}: missing; the checkpoint is not whole")
-        if (size := path.stat().st_size) != wanted["bytes"]:
-            raise ConfigError(f"{path}: truncated ({size} bytes of {wanted['bytes']})")
-        if sha256(path) != wanted["sha256"]:
-            raise ConfigError(f"{path}: altered (its sha256 is not the one in {CHECKSUMS})")
+        if name != STATE or with_state:
+            _verify_file(folder / name, wanted)
     for name in (WEIGHTS, STATE, DESCRIPTION):
         if name not in sums:
             raise ConfigError(f"{folder / CHECKSUMS}: does not speak of {name}")
+
+
+def _verify_file(path: Path, wanted: Any) -> None:
+    """``wanted``: what the checksums say of it."""
+    if not isinstance(wanted, dict) or {"bytes", "sha256"} - wanted.keys():
+        sums = path.with_name(CHECKSUMS)
+        raise ConfigError(f"{sums}: altered (its entry {path.name!r} is not whole)")
+    if not path.is_file():
+        raise ConfigError(f"{path}: missing; the checkpoint is not whole")
+    if (size := path.stat().st_size) != wanted["bytes"]:
+        raise ConfigError(f"{path}: truncated ({size} bytes of {wanted['bytes']})")
+    if sha256(path) != wanted["sha256"]:
+        raise ConfigError(f"{path}: altered (its sha256 is not the one in {CHECKSUMS})")
 
 
 def _step(folder: Path) -> int:

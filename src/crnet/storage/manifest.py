@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,31 +22,40 @@ from crnet.storage.files import write_atomically
 
 MANIFEST = "run.json"
 
+VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME",
+    "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "GLIBC_TUNABLES",
+    "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD",
+    "CRNET_TUNED",
+)  # fmt: skip
+"""Of the environment, what changes a run's time; the last names those that crnet set itself."""
+
 
 def write_manifest(
     run_dir: Path,
     config: RunConfig,
     *,
     device: torch.device,
-    from_step: int,
+    start: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> None:
     """Write ``run.json``. That of an earlier start is not lost: its start is listed in the new one.
 
     Args:
         config: resolved.
-        from_step: where this start goes on; 0: a new run.
+        start: of this start alone: the step it goes on from, what it changes.
         facts: what else is to be in it, whatever JSON can hold.
     """
     path = run_dir / MANIFEST
     start = {
-        "from_step": from_step,
+        **start,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command_line": sys.argv,
         **describe_code(),
         "plugins": describe_plugins(),
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
+        "environment": describe_environment(),
     }
     earlier = []
     if path.exists():
@@ -75,6 +85,11 @@ def describe_plugins() -> list[dict[str, str]]:
     from crnet.registry import plugins
 
     return [{"name": plugin.name, "sha256": plugin.sha256} for plugin in plugins()]
+
+
+def describe_environment() -> dict[str, str]:
+    """The variables of ``VARIABLES`` that are set."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def describe_device(device: torch.device) -> str:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from crnet import optimizers
+from crnet.model.language_model import LanguageModel
+from crnet.model.padding import pad
 
 
 def is_distributed() -> bool:
@@ -39,13 +41,15 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: found[name] for name, _ in model.named_parameters() if name in found}
 
 
-def load_full_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_full_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
     """Give every rank its share of whole weights, which every rank has read and compared."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    stored = model.spec.stored_shapes
+    wide: dict[str, Any] = {name: pad(weight, stored[name]) for name, weight in weights.items()}
     # Not strict: a tied head has no weight of its own.
     options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(model, dict(weights), options=options)
+    set_model_state_dict(model, wide, options=options)
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

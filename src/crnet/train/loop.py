@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from crnet.config.sections import RunConfig
 from crnet.data.rows import Batches, Rows
-from crnet.inference.evaluate import Evaluation, evaluate_unless
+from crnet.inference.evaluate import Evaluation, Precision, evaluate_unless
 from crnet.recompute.plan import Added
 from crnet.storage import checkpoint, metrics
 from crnet.storage.checkpoint import Contents, Progress
@@ -21,6 +21,9 @@ from crnet.train.full_state import is_first_rank
 from crnet.train.resume import all_weights, snapshot
 from crnet.train.signals import Stop
 from crnet.train.step import Step, Stepped
+
+TOKENS_BEFORE_TRAINING = 8192
+"""Most input tokens of the evaluation before the first step."""
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Record:
         self.log.sync()
         contents = Contents(
             weights=all_weights(step.model),
-            state=snapshot(step.optimizer),
+            state=snapshot(step.optimizer, step.model.spec),
             config=step.config,
             progress=at,
             extra=self.extra,
@@ -96,6 +99,8 @@ class Loop:
             start_s = time.perf_counter()
             micro_batches = batches.next(train.micro_batch_size)
             done = self._step(micro_batches, at, record.last_checkpoint)
+            if self._due(at.step + 1):
+                done.check()
             elapsed_s = time.perf_counter() - start_s
             for clock in (self._trained, self._logged):
                 clock.add(done.num_tokens, elapsed_s)
@@ -108,6 +113,7 @@ class Loop:
                 record.save(at, self._step)
         bar.close()
         if not self.finished(at) and not record.has(at.step):
+            self._step.check()
             record.save(at, self._step)
         return at
 
@@ -117,6 +123,12 @@ class Loop:
 
     def _is_last(self, at: Progress) -> bool:
         return at.step == self.config.train.steps
+
+    def _due(self, step: int) -> bool:
+        """Whether anything is written of a step: only then is its device waited for."""
+        train = self.config.train
+        every = (train.log_every_steps, train.eval_every_steps, train.save_every_steps)
+        return step == train.steps or any(_is_due(step, each) for each in every)
 
     def _log(self, at: Progress, done: Stepped, bar: Any) -> None:
         """The rows of one step, where they are due."""
@@ -149,16 +161,32 @@ class Loop:
 
     def _evaluate(self, at: Progress, bar: Any) -> Evaluation | None:
         bar.set_postfix_str("evaluating")
+        precision = self._evaluation_precision(at.step)
         found = evaluate_unless(
             lambda: self._stop.requested is not None,
             self._step.model,
             self._validation,
-            self.config.data.validation_tokens,
+            self._evaluation_tokens(at.step),
+            precision,
         )
         if found is not None:
             row = {"step": at.step, "val_loss": found.loss, "val_perplexity": found.perplexity}
-            self._record.log.write(row | {"val_tokens": found.tokens})
+            more = {"val_tokens": found.tokens, "val_precision": precision}
+            self._record.log.write(row | more)
         return found
+
+    def _evaluation_precision(self, step: int) -> Precision:
+        """On a GPU that of the run's products, until the last step: fp32 there takes longer than
+        the training between two evaluations. Everywhere else, and at the end, fp32."""
+        if self._step.device.type != "cuda" or step >= self.config.train.steps:
+            return "fp32"
+        return "tf32" if self.config.train.precision == "fp32" else "bf16"
+
+    def _evaluation_tokens(self, step: int) -> int:
+        """Of an untrained model, whose loss is about ln(vocabulary size) whatever it reads, a few:
+        the first step need not wait for the whole set."""
+        tokens = self.config.data.validation_tokens
+        return tokens if step else min(tokens, TOKENS_BEFORE_TRAINING)
 
 
 class _Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 
 from crnet import optimizers
-from crnet.config.sections import SECTIONS, RunConfig, stays_on_resume
-from crnet.config.serialize import read_json, to_dict
+from crnet.config.model_spec import ModelSpec
+from crnet.config.resuming import Change, OnResume, changes
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import read_json
 from crnet.errors import ConfigError
 from crnet.model.language_model import LanguageModel
+from crnet.model.padding import cut, cut_state, pad_state
 from crnet.storage.checkpoint import Checkpoint
 from crnet.storage.manifest import MANIFEST
 from crnet.train.full_state import (
@@ -23,6 +27,7 @@ from crnet.train.full_state import (
     is_distributed,
     load_full_optimizer_state,
 )
+from crnet.train.step import learning_rate
 
 
 def check_folder(run_dir: Path, resume: bool) -> None:
@@ -72,23 +77,28 @@ def check_plugins(run_dir: Path) -> None:
         raise ConfigError(problems)
 
 
-def check_same_run(saved: Checkpoint, config: RunConfig, hashes: Mapping[str, str]) -> None:
-    """Raise ``ConfigError`` with every key, and every input, that a resumed run has otherwise than
-    it began.
+def check_same_run(saved: Checkpoint, config: RunConfig, hashes: Mapping[str, str]) -> list[Change]:
+    """What a resumed run has otherwise than it began and may (``config.resuming``).
 
     Args:
         config: resolved.
         hashes: of the inputs; those under tokenizer and corpus are compared.
+    Raises:
+        ConfigError: with every key, and every input, that it may not have otherwise; or fewer
+            steps are wanted than are done.
     """
-    problems = []
-    old, new = to_dict(saved.config), to_dict(config)
-    for section in SECTIONS:
-        for key in old[section]:
-            if stays_on_resume(section, key):
-                for flag, was, now in _changes(key, old[section][key], new[section][key]):
-                    problems.append(
-                        f"--{section}.{flag} was {was!r} and is now {now!r}; a resumed run keeps it"
-                    )
+    found = list(changes(saved.config, config))
+    problems = [
+        f"{change.flag} was {change.was!r} and is now {change.now!r}; a resumed run keeps it"
+        for change in found
+        if change.rule is OnResume.REFUSED
+    ]
+    done = saved.progress.step
+    if config.train.steps < done:
+        problems.append(
+            f"--train.steps {config.train.steps}: the run has done {done} steps; take {done} or "
+            "more, or start a new run"
+        )
     for what in ("tokenizer", "corpus"):
         if not problems and hashes[what] != saved.extra.get(what):
             problems.append(
@@ -97,41 +107,74 @@ def check_same_run(saved: Checkpoint, config: RunConfig, hashes: Mapping[str, st
             )
     if problems:
         raise ConfigError(problems)
+    return found
 
 
-def _changes(key: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(words of the flag, old value, new value) of a key; of a method's options, one by one."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for name in was:
-            for flag, *values in _changes(name, was[name], now[name]):
-                yield f"{key.replace('_', '-')}.{flag}", *values
-    elif was != now:
-        yield key.replace("_", "-"), was, now
+def say_changes(
+    saved: Checkpoint | None, config: RunConfig, hashes: Mapping[str, str]
+) -> list[str]:
+    """Say on stderr with what a run goes on otherwise than it began; return the lines.
+
+    Args, Raises: ``check_same_run``. ``saved`` is None where a run ended before it saved.
+    """
+    if saved is None:
+        lines = ["no checkpoint was saved before; the run begins at step 0"]
+    else:
+        found = check_same_run(saved, config, hashes)
+        lines = [f"resumed with {each.flag} {each.now} (was {each.was})" for each in found]
+        lines += _jump(saved, config)
+    for line in lines:
+        print(f"crnet: {line}", file=sys.stderr)
+    return lines
+
+
+def _jump(saved: Checkpoint, config: RunConfig) -> Iterator[str]:
+    """Where the learning rate of the next step is not the one that was planned."""
+    step, old = saved.progress.step, saved.config
+    if step == config.train.steps:
+        return
+    before, after = learning_rate(step, old) if step else 0.0, learning_rate(step + 1, config)
+    if step == old.train.steps or after != learning_rate(step + 1, old):
+        yield f"step {step} ran at learning rate {before:.4g}, step {step + 1} runs at {after:.4g}"
 
 
 def all_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """Every weight whole, by name; a tied head is listed once, as the embedding.
+    """Every weight whole, by name, in its declared shape; a tied head is listed once, as the
+    embedding.
 
     Split over ranks: on the CPU of rank 0, and nothing on other ranks.
     """
-    return full_weights(model) if is_distributed() else dict(model.named_parameters())
+    found = full_weights(model) if is_distributed() else dict(model.named_parameters())
+    declared = model.spec.tensors
+    return {name: cut(tensor, declared[name].shape) for name, tensor in found.items()}
 
 
-def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Optimizer and random states, as tensors and numbers (``torch.load(weights_only=True)``)."""
+def snapshot(optimizer: torch.optim.Optimizer, spec: ModelSpec) -> dict[str, Any]:
+    """Optimizer and random states, as tensors and numbers (``torch.load(weights_only=True)``).
+
+    ``spec``: of the model as it is stored; its padding is left out. Random states are of the GPU
+    that the parameters are on, and of no other: asking one makes a context there.
+    """
     found = full_optimizer_state(optimizer) if is_distributed() else optimizer.state_dict()
+    found = cut_state(found, spec)
     state: dict[str, Any] = {"optimizer": found, "torch_rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state_all()
+    device = next(each for group in optimizer.param_groups for each in group["params"]).device
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(device)
     return state
 
 
 def restore(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], device: torch.device
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    device: torch.device,
+    spec: ModelSpec,
 ) -> None:
     """Inverse of ``snapshot``."""
     load = load_full_optimizer_state if is_distributed() else optimizers.load_state
-    load(optimizer, state["optimizer"])
+    load(optimizer, pad_state(state["optimizer"], spec))
     torch.set_rng_state(state["torch_rng"])
     if device.type == "cuda" and "cuda_rng" in state:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        found = state["cuda_rng"]  # older checkpoints: a list, of every GPU
+        found = found[device.index or 0] if isinstance(found, list) else found
+        torch.cuda.set_rng_state(found, device)

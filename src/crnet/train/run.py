@@ -18,22 +18,28 @@ import torch
 from crnet import optimizers
 from crnet.config.check import check
 from crnet.config.model_spec import ModelSpec
-from crnet.config.sections import RunConfig, options_of, settings_of
-from crnet.cost.workload import workload
+from crnet.config.sections import RunConfig, TrainConfig, options_of, settings_of, update_of
+from crnet.config.serialize import override
+from crnet.cost.workload import num_micro_batches, workload
 from crnet.data.prepare import prepare
 from crnet.data.rows import Rows, check_enough, validation_hash
 from crnet.data.shards import Prepared
 from crnet.errors import ConfigError
 from crnet.inference.evaluate import Evaluation
 from crnet.inference.load import load_model, pick_device, weights_dtype
+from crnet.kernels import compiled
 from crnet.model.build import build
+from crnet.model.device import prepare_device, with_precision
 from crnet.model.language_model import LanguageModel
+from crnet.model.padding import stored_on
+from crnet.optimizers import _low_precision as low_precision
 from crnet.report.plots import plot_losses
 from crnet.storage import checkpoint, files, metrics
 from crnet.storage.checkpoint import Checkpoint, Progress
 from crnet.storage.manifest import write_manifest
+from crnet.train.deterministic import deterministic
 from crnet.train.loop import Loop, Record
-from crnet.train.resume import check_folder, check_plugins, check_same_run, restore
+from crnet.train.resume import check_folder, check_plugins, restore, say_changes
 from crnet.train.signals import signals
 from crnet.train.step import Step
 
@@ -83,6 +89,7 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     """
     check(config)
     check_folder(run_dir, resume)
+    choose_kernels(config.train)
     with contextlib.ExitStack() as held:  # what keeps other processes out of the folder
         return _run(config, run_dir, resume, progress, held)
 
@@ -95,15 +102,16 @@ def _run(
         check_plugins(run_dir)
         metrics.read(run_dir / metrics.METRICS)  # a broken one is refused before anything changes
     prepared = prepare(config.data, progress=progress)
-    config = resolve(config, prepared)
-    work = workload(config)
-    corpus = open_corpus(prepared, config)
     device = pick_device(config.train.device)
+    config = resolve(config, prepared, device)
+    prepare_device(config, device)
+    work = workload(override(config, train={"device": str(device)}))
+    corpus = open_corpus(prepared, config)
+    same = deterministic(device) if config.train.deterministic else contextlib.nullcontext()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     saved = checkpoint.newest(run_dir) if resume else None
-    if saved is not None:
-        check_same_run(saved, config, corpus.hashes)
+    changed = say_changes(saved, config, corpus.hashes) if resume else []
     step = make_step(config, work.spec, device, saved)
     step.model.recompute(work.plan)
     if config.train.compile:
@@ -112,6 +120,7 @@ def _run(
     facts = {
         "parameters": parameters_by_role(work.spec),
         "recompute": dataclasses.asdict(work.plan),
+        "kernels": "fused" if compiled.fused_on(device) else "torch",
         "data": describe_corpus(corpus),
     }
     with files.writing(run_dir):
@@ -119,13 +128,14 @@ def _run(
         if not resume:
             held.enter_context(files.alone(run_dir))
             check_folder(run_dir, resume)  # another one may have begun since
-        write_manifest(run_dir, config, device=device, from_step=at.step, facts=facts)
+        start = {"from_step": at.step, "resumed_with": changed}
+        write_manifest(run_dir, config, device=device, start=start, facts=facts)
         upto_step = at.step if saved else None
         log = metrics.Metrics(run_dir, upto_step=upto_step, tensorboard=config.train.tensorboard)
         tokenizer = {"tokenizer": prepared.tokenizer().save}
         last = saved.folder if saved else None
         record = Record(run_dir, log, corpus.hashes, tokenizer, last)
-        with contextlib.closing(log), signals() as stop:
+        with same, contextlib.closing(log), signals() as stop:
             loop = Loop(step, corpus.train, corpus.validation, record, stop)
             return _result(loop, loop.run(at, progress), record, work.num_parameters())
 
@@ -147,8 +157,15 @@ def _result(loop: Loop, at: Progress, record: Record, num_parameters: int) -> Re
     )
 
 
-def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
-    """Fill in what the corpus decides: the vocabulary size.
+def choose_kernels(train: TrainConfig) -> None:
+    """Set the process's kernels. Raises ``ConfigError`` where blocks cannot be compiled."""
+    compiled.choose(train.kernels)
+    if train.compile and (problem := compiled.compiler_problem(pick_device(train.device))):
+        raise ConfigError(f"--train.compile: {problem}, or leave --train.compile out")
+
+
+def resolve(config: RunConfig, prepared: Prepared, device: torch.device) -> RunConfig:
+    """Fill in what corpus and device decide: the vocabulary size and the precision.
 
     Raises:
         ConfigError: ``model.vocab_size`` is given and smaller than the tokenizer's.
@@ -159,6 +176,7 @@ def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
             f"--model.vocab-size {wanted} is below the tokenizer's {prepared.vocab_size}; "
             "leave it out, or give at least that"
         )
+    config = with_precision(config, device)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
 
 
@@ -202,18 +220,19 @@ def make_step(
     config: RunConfig, spec: ModelSpec, device: torch.device, saved: Checkpoint | None
 ) -> Step:
     """Model and optimizer: initialised, or as a checkpoint has them."""
+    spec = stored_on(spec, device, optimizers.get(config.optimizer.name))
     if saved is None:
         dtype = weights_dtype(config.train.precision)
         model = build(spec, config.train.seed, device, dtype)
     else:
-        model = load_model(saved, device)
+        model = load_model(saved, device, spec)
     step = Step(config, model, make_optimizer(config, model), device)
     if saved is None:
         step.run_events(0)
     else:
         state = saved.state()
         try:
-            restore(step.optimizer, state, device)
+            restore(step.optimizer, state, device, spec)
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise ConfigError(
                 f"{saved.folder / checkpoint.STATE}: is not the state of this optimizer ({error}); "
@@ -226,5 +245,7 @@ def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optim
     """The optimizer of a model's trained parameters."""
     section = config.optimizer
     settings = settings_of(section, config.train.seed)
-    method = optimizers.get(section.name)
-    return method.build(model.trained(), options_of(section, section.name), settings)
+    method, options = optimizers.get(section.name), options_of(section, section.name)
+    parameters, update = model.trained(), update_of(config.train)
+    low_precision.widen_gradients(parameters, update, num_micro_batches(config.train))
+    return low_precision.build(method, parameters, options, settings, update)

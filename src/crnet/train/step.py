@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,20 +32,50 @@ def learning_rate(step: int, config: RunConfig) -> float:
     return config.optimizer.lr * schedule.factor(step, options, steps_of(config))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stepped:
-    """What a step was like."""
+    """What a step was like. On a GPU its figures may still be on their way: reading one waits."""
 
-    loss: float
-    """Mean over target tokens, nats, before the step."""
-    grad_norm: float
-    """Before clipping."""
     num_tokens: int
     lr: float
+    _numbers: Tensor
+    """Loss and norm of the gradient, fp64, on the CPU once ``_arrived``."""
+    _arrived: Any
+    """A CUDA event; None: they are there."""
+    _complain: Callable[[float, float], str]
+
+    @property
+    def loss(self) -> float:
+        """Mean over target tokens, nats, before the step."""
+        return self._read()[0]
+
+    @property
+    def grad_norm(self) -> float:
+        """Before clipping."""
+        return self._read()[1]
+
+    def check(self) -> None:
+        """Raise ``TrainingError`` where the loss or the gradient was not finite."""
+        loss, norm = self._read()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(self._complain(loss, norm))
+
+    def _read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+            self._arrived = None
+        return self._numbers.tolist()
 
 
 class Step:
-    """The step of one run. Called with one batch, it changes weights and optimizer once."""
+    """The step of one run. Called with one batch, it changes weights and optimizer once.
+
+    Where the optimizer itself can pass over a step (torch's fused ones: ``found_inf``) and the
+    device is a GPU, the step is ``late``: nothing waits for the device. Weights and optimizer stay
+    as they are where loss or gradient is not finite, and the error comes before the next update,
+    or as soon as somebody reads a figure (``Stepped.check``). Elsewhere the host reads both figures
+    at once, in one wait, and updates only then.
+    """
 
     def __init__(
         self,
@@ -53,9 +83,17 @@ class Step:
         model: LanguageModel,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
+        *,
+        late: bool | None = None,
     ):
+        """``late``: None: on a GPU, where the optimizer allows it and nothing is sharded."""
         self.config, self.model, self.optimizer, self.device = config, model, optimizer, device
         self._parameters = [parameter for _, parameter in model.trained().values()]
+        can = passes_over(optimizer) and not any(
+            hasattr(each, "device_mesh") for each in self._parameters
+        )
+        self.late = can and (device.type == "cuda" if late is None else late)
+        self._unread: Stepped | None = None
 
     def __call__(
         self, micro_batches: Sequence[TokensAndTargets], at: Progress, good: Path | None
@@ -63,11 +101,12 @@ class Step:
         """Take one step.
 
         Args:
-            micro_batches: the batch, in parts.
+            micro_batches: the batch, in parts, on the CPU.
             at: where the run stands before the step.
             good: the last checkpoint, to be named where the step fails.
         Raises:
-            TrainingError: the loss or the gradient is not finite; the weights are not changed.
+            TrainingError: the loss or the gradient is not finite, of this step, or, where steps are
+                late, of the one before; the weights are not changed by it.
         """
         step, clip = at.step + 1, self.config.optimizer.clip_norm
         num_tokens = sum(int((targets != IGNORED).sum()) for _, targets in micro_batches)
@@ -76,17 +115,41 @@ class Step:
         norm = torch.nn.utils.get_total_norm(
             [each.grad for each in self._parameters if each.grad is not None]
         )
-        loss, grad_norm = (loss_sum / num_tokens).item(), _number(norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingError(self._non_finite(loss, grad_norm, at, good))
-        if clip:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, clip, norm)
         lr = learning_rate(step, self.config)
+        numbers = torch.stack([loss_sum / num_tokens, _whole(norm).to(loss_sum.dtype)])
+        done = Stepped(num_tokens, lr, *_to_host(numbers), self._complaint(at, good))
+        self.check()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        self.optimizer.step()
+        if self.late:
+            self._update_unless_non_finite(numbers, norm)
+        else:
+            done.check()
+            if clip:
+                torch.nn.utils.clip_grads_with_norm_(self._parameters, clip, norm)
+            self.optimizer.step()
+        if self.late and self.model.has_events(step):
+            done.check()
+        self._unread = done if self.late else None
         self.run_events(step)
-        return Stepped(loss, grad_norm, num_tokens, lr)
+        return done
+
+    def _update_unless_non_finite(self, numbers: Tensor, norm: Tensor) -> None:
+        """The optimizer's step, clipped, or none: the device decides. Gradients are divided as they
+        are read, so that clipping takes no pass of its own."""
+        clip, optimizer = self.config.optimizer.clip_norm, cast("Any", self.optimizer)
+        if clip:  # torch's own rule (clip_grads_with_norm_), turned over
+            optimizer.grad_scale = ((norm.float() + 1e-6) / clip).clamp(min=1)
+        optimizer.found_inf = (~torch.isfinite(numbers).all()).float()
+        try:
+            optimizer.step()
+        finally:
+            optimizer.found_inf = optimizer.grad_scale = None
+
+    def check(self) -> None:
+        """Raise ``TrainingError`` where the latest step was late and not finite."""
+        if self._unread is not None:
+            self._unread.check()
 
     def run_events(self, step: int) -> None:
         """What the parameterization has due once ``step`` steps are done; the optimizer forgets."""
@@ -95,24 +158,32 @@ class Step:
     def _accumulate(self, micro_batches: Sequence[TokensAndTargets], num_tokens: int) -> Tensor:
         """Gradients of the mean over the whole batch; returns the summed loss, fp64."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for tokens, targets in micro_batches:
-            tokens = tokens.to(self.device, non_blocking=True)
-            targets = targets.to(self.device, non_blocking=True)
-            with self._autocast():
-                micro_loss, _ = self.model(tokens, targets)
-            # Divided by the whole step's tokens: micro-batches add up to the batch, padded or not.
-            (micro_loss / num_tokens).backward()
-            loss_sum += micro_loss.detach()
+        with self.model.fixed_weights():
+            for tokens, targets in self._on_device(micro_batches):
+                with self._autocast():
+                    micro_loss, _ = self.model(tokens, targets)
+                # By the whole step's tokens: micro-batches add up to the batch, padded or not.
+                (micro_loss / num_tokens).backward()
+                loss_sum += micro_loss.detach()
         return loss_sum
+
+    def _on_device(self, micro_batches: Sequence[TokensAndTargets]) -> Iterable[TokensAndTargets]:
+        """The micro-batches of a step; to a GPU in one copy of half the size, from pinned memory,
+        so that the host does not wait."""
+        if self.device.type != "cuda":
+            return [(a.to(self.device), b.to(self.device)) for a, b in micro_batches]
+        both = one_tensor(micro_batches).pin_memory().to(self.device, non_blocking=True)
+        return in_parts(both, [len(tokens) for tokens, _ in micro_batches])
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16-mixed"
         )
 
-    def _non_finite(self, loss: float, norm: float, at: Progress, good: Path | None) -> str:
+    def _complaint(self, at: Progress, good: Path | None) -> Callable[[float, float], str]:
+        """What to say of a loss and a norm that are not finite."""
         end = at.position + self.config.train.batch_size
-        return (
+        return lambda loss, norm: (
             f"step {at.step + 1}: loss {loss}, gradient norm {norm}; the weights were not changed. "
             f"The step read the sequences at positions {at.position} to {end - 1}. "
             f"Last good checkpoint: {good or 'none was saved yet'}. "
@@ -121,6 +192,34 @@ class Step:
         )
 
 
-def _number(norm: Any) -> float:
+def passes_over(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer leaves weights and states alone where its ``found_inf`` is 1."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def one_tensor(micro_batches: Sequence[TokensAndTargets]) -> Tensor:
+    """Tokens and targets of every micro-batch, int32, (2, rows, T)."""
+    columns = (torch.cat(column) for column in zip(*micro_batches, strict=True))
+    return torch.stack([column.int() for column in columns])
+
+
+def in_parts(both: Tensor, sizes: Sequence[int]) -> list[TokensAndTargets]:
+    """Inverse of ``one_tensor``, int64, on the tensor's device; ``sizes``: rows of each part."""
+    tokens, targets = both.long()
+    return list(zip(tokens.split(list(sizes)), targets.split(list(sizes)), strict=True))
+
+
+def _to_host(numbers: Tensor) -> tuple[Tensor, Any]:
+    """Numbers on the CPU, and the event after which they are there; nothing waits."""
+    if numbers.device.type != "cuda":
+        return numbers, None
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
+
+
+def _whole(norm: Any) -> Tensor:
     # Of sharded gradients it is a sum that is still spread over the ranks.
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

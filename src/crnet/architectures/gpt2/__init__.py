@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crnet.architectures import Architecture
+from crnet.architectures import Architecture, _passes
 from crnet.specs import BlockWork, Position, TensorSpec, constant, normal
 
 
@@ -30,6 +30,7 @@ class GPT2(Architecture):
     Options = GPT2Options
     examples = (GPT2Options(max_length=16),)
     ties_embeddings = True
+    pads = True
 
     def problems(self, shape, options):
         found = []
@@ -81,6 +82,11 @@ class GPT2(Architecture):
         log_sum_exp = rows * shape.num_heads * 4
         # q, k, v and up plus their biases; without the activation the last is what down reads.
         sums = 3 * hidden + (activated if keeps_activation else 0)
+        h, f = shape.hidden_size, shape.intermediate_size
+        parts = [_passes.layer_norm(rows, h, batch.stream_bytes, e)] * 2
+        parts += [_passes.bias(rows, width, e) for width in (h, h, h, h, f, h)]
+        parts += [_passes.gelu(rows, f, e)] * keeps_activation
+        forward, backward = _passes.total(parts)
         return BlockWork(
             forward_flops=products,
             backward_flops=2 * products,
@@ -95,10 +101,17 @@ class GPT2(Architecture):
             kept_bytes=2 * _statistics_bytes(batch) + sums + log_sum_exp,
             attention_bytes=hidden + log_sum_exp,
             activation_bytes=(2 if keeps_activation else 1) * activated,
+            passes=forward,
+            backward_passes=backward,
+            attention_moved_bytes=4 * hidden,
         )
 
     def last_norm_bytes(self, batch):
         return _statistics_bytes(batch)
+
+    def last_norm_passes(self, shape, batch):
+        size = shape.hidden_size
+        return _passes.layer_norm(batch.rows, size, batch.stream_bytes, batch.compute_bytes)
 
     def make_block(self, shape, options, layer_idx, keeps_activation):
         from crnet.architectures.gpt2.module import GPT2Block

@@ -6,13 +6,14 @@ Parameters carry Hugging Face's names, so that a full-rank state dict is one of
 
 from __future__ import annotations
 
-from crnet.architectures import Architecture
-from crnet.specs import BlockWork, Position, TensorSpec, constant, normal
+from crnet.architectures import Architecture, _passes
+from crnet.specs import BlockWork, Position, TensorSpec, constant, in_each_way, normal
 
 
 class Llama(Architecture):
     name = "llama"
     summary = "RMSNorm, rotary embedding, gated feed-forward; seven positions"
+    pads = True
 
     def problems(self, shape, options):
         if shape.head_size % 2:
@@ -50,6 +51,14 @@ class Llama(Architecture):
         products = 4 * rows * batch.length * h
         hidden, statistics, sums = rows * h * e, 2 * rows * 4, rows * shape.num_heads * 4
         activated = rows * f * e
+        activation = _passes.swiglu if keeps_activation else _passes.product_of_two
+        forward, backward = _passes.total(
+            [
+                *[_passes.rms_norm(rows, h, batch.stream_bytes, e)] * 2,
+                *(_passes.rotation(rows, width, e) for width in (h, kv)),
+                activation(rows, f, e),
+            ]
+        )
         return BlockWork(
             forward_flops=products,
             backward_flops=2 * products,
@@ -64,6 +73,9 @@ class Llama(Architecture):
             kept_bytes=statistics + rows * (h + kv) * e + sums,
             attention_bytes=hidden + sums,
             activation_bytes=(4 if keeps_activation else 3) * activated,
+            passes=forward + in_each_way(0, 2 if e < 4 else 0),  # casts of the tables
+            backward_passes=backward,
+            attention_moved_bytes=2 * rows * (h + kv) * e,
         )
 
     def table_bytes(self, shape, options, batch):
@@ -71,6 +83,10 @@ class Llama(Architecture):
         if batch.compute_bytes == 4:  # looked at where they are cached, for a power of 2 of tokens
             return 2 * 4 * half * (1 << max(batch.length - 1, 1).bit_length())
         return 2 * batch.compute_bytes * half * batch.length * shape.num_layers
+
+    def last_norm_passes(self, shape, batch):
+        size = shape.hidden_size
+        return _passes.rms_norm(batch.rows, size, batch.stream_bytes, batch.compute_bytes)
 
     def make_block(self, shape, options, layer_idx, keeps_activation):
         from crnet.architectures.llama.module import LlamaBlock

@@ -13,7 +13,7 @@ from typing import Literal
 
 from crnet.linears import Parameterization
 from crnet.linears._declarations import TABLE_RANKS, above_zero, factors_work, pair
-from crnet.specs import Shape, Slot, TensorSpec, Work, normal
+from crnet.specs import Passes, Shape, Slot, TensorSpec, Traffic, Work, normal
 
 SMALLEST_WITHOUT_ACTIVATION = 1024
 """Hidden size from which the published runs drop the feed-forward's own activation (350M)."""
@@ -35,6 +35,7 @@ class CoLA(Parameterization):
     summary = "a bottleneck with SiLU in every map"
     Options = CoLAOptions
     examples = (CoLAOptions(activation="bottleneck"),)
+    pads = True
     published_ranks = TABLE_RANKS
 
     def problems(self, options: CoLAOptions, slots) -> list[str]:
@@ -52,9 +53,13 @@ class CoLA(Parameterization):
 
     def work(self, slot: Slot, options: CoLAOptions, rows: int, item_bytes: int) -> Work:
         activated = rows * slot.rank * item_bytes
+        silu = Traffic(5 * activated, 2)
         return dataclasses.replace(
             factors_work(slot, rows, item_bytes),
             transient_bytes=activated,
+            passes=Passes(Traffic(2 * activated, 1), Traffic(2 * activated, 1)),
+            # SiLU once more, and its slope.
+            backward_passes=Passes(silu, silu, Traffic(3 * activated, 1)),
         )
 
     def make(self, slot: Slot, options: CoLAOptions):

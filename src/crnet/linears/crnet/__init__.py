@@ -9,12 +9,21 @@ instead of the block below.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from crnet.linears import Parameterization
-from crnet.linears._declarations import above_zero, dense, dense_work, factors, factors_work
-from crnet.specs import Read, Slot, TensorSpec, Work, constant
+from crnet.linears._declarations import (
+    above_zero,
+    dense,
+    dense_work,
+    factor_products,
+    factors,
+    factors_work,
+    inner_passes,
+)
+from crnet.specs import Passes, Read, Slot, TensorSpec, Traffic, Work, constant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,7 @@ class CRNet(Parameterization):
     name = "crnet"
     summary = "output of the block below plus a low-rank increment (eq. 6)"
     Options: type | None = CRNetOptions
+    pads = True
     source: Literal["below", "first"] = "below"
     examples: tuple = (
         CRNetOptions(first_rank=3, carry_dtype="fp32"),
@@ -106,6 +116,7 @@ class CRNet(Parameterization):
             "gain",
             constant(options.beta_init),
             trained=options.learnable_beta,
+            dtype="float32",
             lr_factor=options.beta_lr_factor,
             decays=False,
         )
@@ -114,8 +125,11 @@ class CRNet(Parameterization):
     def work(self, slot: Slot, options: CRNetOptions, rows: int, item_bytes: int) -> Work:
         if not slot.rank:
             return dense_work(slot, rows)
-        gain = self.output_bytes(slot, options, item_bytes) if slot.layer_idx else 0
-        return factors_work(slot, rows, item_bytes, gain)
+        if not slot.layer_idx:
+            return factors_work(slot, rows, item_bytes)
+        carried = self.output_bytes(slot, options, item_bytes)
+        work = factors_work(slot, rows, item_bytes, carried)
+        return dataclasses.replace(work, **_carry_passes(slot, rows, item_bytes, carried))
 
     def reads(self, slot: Slot, options: CRNetOptions) -> Read | None:
         if not slot.layer_idx:
@@ -145,6 +159,35 @@ class CRNet(Parameterization):
         if not slot.rank:
             return DenseMap(tensors)
         return CRNetMap(tensors, options.carry_dtype) if slot.layer_idx else LowRankMap(tensors)
+
+
+def _carry_passes(slot: Slot, rows: int, item_bytes: int, carried: int) -> dict[str, Any]:
+    """What the carry adds to a low-rank map: ``carried`` are the bytes of its items.
+
+    Fused, the product's accumulator starts from gain * carry, and the backward pass reads the
+    gradient above and Y where the local gradient is made: no dcarry, no sum.
+    """
+    items = rows * slot.out_size
+    size, narrow = items * carried, items * item_bytes
+    shrink, product = factor_products(slot, rows)
+    gain = Traffic(0, 3)  # three operations on one number
+    if same := carried == item_bytes:
+        product = dataclasses.replace(product, accumulates=True)
+        forward = Traffic(2 * size, 1)
+    else:  # the product in the compute dtype, then added
+        forward = Traffic(2 * size, 1) + Traffic(narrow + 2 * size, 1)
+    cast = Traffic(0 if same else size + narrow, 0 if same else 1)
+    backward = Traffic(2 * size, 1) + inner_passes(items, carried) + cast
+    return {
+        "products": (shrink, product),
+        # Inductor's addmm copies what it adds to first.
+        "passes": Passes(
+            gain + forward, Traffic((4 if same else 2) * size + narrow, 2), Traffic(0, 0)
+        ),
+        "backward_passes": Passes(
+            backward, Traffic(3 * size + cast.moved_bytes, 2), Traffic(2 * size, 1)
+        ),
+    }
 
 
 class ResFormer(CRNet):

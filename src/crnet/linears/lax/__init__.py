@@ -7,14 +7,15 @@ Deviation: its gate by a layer norm is left out; initial factors are those of pl
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from crnet.linears import Parameterization
-from crnet.linears._declarations import TABLE_RANKS, above_zero, factors, factors_work
-from crnet.specs import Read, Slot, TensorSpec, Work, constant
+from crnet.linears._declarations import TABLE_RANKS, above_zero, factors, factors_work, inner_passes
+from crnet.specs import Passes, Read, Slot, TensorSpec, Traffic, Work, constant, in_each_way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class LaX(Parameterization):
     summary = "low rank, bottlenecks of successive blocks added up"
     Options = LaXOptions
     examples = (LaXOptions(gate="scalar"),)
+    pads = True
     published_ranks = TABLE_RANKS
 
     def problems(self, options: LaXOptions, slots: Sequence[Slot]) -> list[str]:
@@ -57,10 +59,29 @@ class LaX(Parameterization):
         pair = factors(slot, "balanced", options.lr_factor)
         if options.gate == "identity" or not slot.layer_idx:
             return pair
-        return pair | {"gate": TensorSpec((1,), "gain", constant(1.0), decays=False)}
+        return pair | {
+            "gate": TensorSpec((1,), "gain", constant(1.0), dtype="float32", decays=False)
+        }
 
     def work(self, slot: Slot, options: LaXOptions, rows: int, item_bytes: int) -> Work:
-        return factors_work(slot, rows, item_bytes)
+        work = factors_work(slot, rows, item_bytes)
+        if not slot.layer_idx:
+            return work
+        (shrink, grow), (up, *others) = work.products, work.backward_products
+        size = rows * slot.rank * item_bytes
+        extra = Passes()
+        backward = Passes()
+        if options.gate == "scalar":  # its product with the bottleneck below, and both gradients
+            extra = in_each_way(2 * size, 1)
+            found = Traffic(2 * size, 1) + inner_passes(rows * slot.rank, item_bytes)
+            backward = Passes(found, found, found)
+        return dataclasses.replace(
+            work,
+            products=(dataclasses.replace(shrink, accumulates=True), grow),
+            backward_products=(dataclasses.replace(up, accumulates=True), *others),
+            passes=extra,
+            backward_passes=backward,
+        )
 
     def reads(self, slot: Slot, options: LaXOptions) -> Read | None:
         if not slot.layer_idx:

@@ -12,8 +12,16 @@ import dataclasses
 from dataclasses import dataclass
 
 from crnet.linears import Parameterization
-from crnet.linears._declarations import TABLE_RANKS, above_zero, dense, pair
-from crnet.specs import Slot, TensorSpec, Work, constant, uniform
+from crnet.linears._declarations import (
+    TABLE_RANKS,
+    above_zero,
+    dense,
+    dense_backward,
+    factor_backward,
+    factor_products,
+    pair,
+)
+from crnet.specs import Product, Slot, TensorSpec, Work, constant, in_each_way, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +44,15 @@ class ReLoRAOptions(LoRAOptions):
     """Share of that state's items, drawn at random, that a reset keeps."""
 
 
+def _accumulated(product: Product) -> Product:
+    return dataclasses.replace(product, accumulates=True)
+
+
 class LoRA(Parameterization):
     name = "lora"
     summary = "a frozen random matrix plus a trained low-rank update"
     Options: type | None = LoRAOptions
+    pads = True
     published_ranks = TABLE_RANKS
 
     def problems(self, options: LoRAOptions, slots) -> list[str]:
@@ -55,12 +68,20 @@ class LoRA(Parameterization):
     def work(self, slot: Slot, options: LoRAOptions, rows: int, item_bytes: int) -> Work:
         frozen = slot.in_size * slot.out_size
         trained = slot.rank * (slot.in_size + slot.out_size)
+        shrink, grow = factor_products(slot, rows)
+        *of_factors, of_x = factor_backward(slot, rows)
+        frozen_x, _ = dense_backward(slot, rows)
+        scaled = slot.rank * (rows + slot.out_size)
         return Work(
             forward_flops=2 * rows * (frozen + trained),
             backward_flops=2 * rows * (frozen + 2 * trained),
             weight_items=frozen + trained,
             kept_bytes=rows * slot.rank * item_bytes,
             bottleneck_bytes=rows * (slot.out_size + slot.rank) * item_bytes,
+            products=(Product(rows, slot.in_size, slot.out_size), shrink, _accumulated(grow)),
+            backward_products=(*of_factors, _accumulated(of_x), frozen_x),
+            # The scale, of dB and of dZ.
+            backward_passes=in_each_way(2 * scaled * item_bytes, 2),
         )
 
     def make(self, slot: Slot, options: LoRAOptions):
@@ -79,6 +100,7 @@ class ReLoRA(LoRA):
     name = "relora"
     summary = "LoRA that merges its update every so many steps"
     Options = ReLoRAOptions
+    pads = False  # a merge draws A anew, as long as it is
     examples = (ReLoRAOptions(merge_every=7, reset_every=6, kept_frac=0.1),)
 
     def problems(self, options: ReLoRAOptions, slots) -> list[str]:

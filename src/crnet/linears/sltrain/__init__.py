@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from crnet.linears import Parameterization
-from crnet.linears._declarations import TABLE_RANKS, above_zero, pair
-from crnet.specs import OWN, Slot, TensorSpec, Work, constant, uniform
+from crnet.linears._declarations import TABLE_RANKS, above_zero, dense_backward, dense_work, pair
+from crnet.specs import OWN, Product, Slot, TensorSpec, Work, constant, in_each_way, uniform
 
 MOST_ITEMS = 2**31 - 1
 """Of a matrix whose positions int32 can name."""
@@ -68,11 +68,25 @@ class SLTrain(Parameterization):
         gradients of both factors from that."""
         items = slot.in_size * slot.out_size
         of_factors = slot.rank * (slot.in_size + slot.out_size)
+        num_values = _num_values(slot.in_size, slot.out_size, options.delta)
+        build = Product(slot.out_size, slot.rank, slot.in_size)
+        # values added where the index says; of the gradient, both scales and the values read.
+        scattered = (3 * item_bytes + 4) * num_values
+        gathered = (2 * item_bytes + 4) * num_values + 2 * of_factors * item_bytes
         return Work(
             forward_flops=2 * items * (slot.rank + rows),
             backward_flops=2 * items * (3 * slot.rank + 2 * rows),
-            weight_items=of_factors + _num_values(slot.in_size, slot.out_size, options.delta),
+            weight_items=of_factors + num_values,
             transient_bytes=items * item_bytes,
+            products=(build, *dense_work(slot, rows).products),
+            backward_products=(
+                build,
+                *dense_backward(slot, rows),
+                Product(slot.in_size, slot.out_size, slot.rank),
+                Product(slot.rank, slot.in_size, slot.out_size),
+            ),
+            passes=in_each_way(scattered, 1),
+            backward_passes=in_each_way(scattered + gathered, 4),
         )
 
     def initial_value(self, name, slot, options, generator):

@@ -9,8 +9,8 @@ the initial 1/2 is that of the fixed one. The entry ``resformer`` is another met
 from __future__ import annotations
 
 from crnet.linears import Parameterization
-from crnet.linears._declarations import dense, dense_work
-from crnet.specs import Read, Slot, TensorSpec, Work, constant
+from crnet.linears._declarations import dense, dense_backward, dense_work, inner_passes
+from crnet.specs import Passes, Read, Slot, TensorSpec, Traffic, Work, constant
 
 POSITION = "v"
 INITIAL = 0.5
@@ -20,6 +20,7 @@ class ValueResFormer(Parameterization):
     name = "value-resformer"
     summary = "dense matrices; values mixed with those of the first block"
     has_ranks = False
+    pads = True
 
     def problems(self, options, slots) -> list[str]:
         if any(slot.position == POSITION for slot in slots):
@@ -35,15 +36,26 @@ class ValueResFormer(Parameterization):
     def tensors(self, slot: Slot, options) -> dict[str, TensorSpec]:
         if not _is_mixed(slot):
             return dense(slot)
-        gain = TensorSpec((1,), "gain", constant(INITIAL), decays=False)
+        gain = TensorSpec((1,), "gain", constant(INITIAL), dtype="float32", decays=False)
         return dense(slot) | {"lambda1": gain, "lambda2": gain}
 
     def work(self, slot: Slot, options, rows: int, item_bytes: int) -> Work:
         if not _is_mixed(slot):
             return dense_work(slot, rows)
         items = slot.in_size * slot.out_size
+        size = rows * slot.out_size * item_bytes
+        wide = rows * slot.in_size * item_bytes
+        weight = items * item_bytes
+        inners = inner_passes(rows * slot.out_size, item_bytes) + inner_passes(items, item_bytes)
+        backward = Traffic(2 * size + 2 * wide + 2 * weight, 3) + inners
         return Work(
-            forward_flops=2 * rows * items, backward_flops=4 * rows * items, weight_items=items
+            forward_flops=2 * rows * items,
+            backward_flops=4 * rows * items,
+            weight_items=items,
+            products=dense_work(slot, rows).products,
+            backward_products=dense_backward(slot, rows),
+            passes=Passes(Traffic(5 * size, 2), *[Traffic(3 * size, 1)] * 2),
+            backward_passes=Passes(*[backward] * 3),
         )
 
     def reads(self, slot: Slot, options) -> Read | None:

@@ -11,7 +11,7 @@ train.
 
 from __future__ import annotations
 
-from crnet.specs import StreamWork, TensorSpec, constant
+from crnet.specs import StreamWork, TensorSpec, constant, in_each_way
 from crnet.streams import Stream
 
 
@@ -23,11 +23,19 @@ class AttentionResiduals(Stream):
     def tensors(self, sublayer_idx, num_sublayers, shape, options):
         if not sublayer_idx:
             return {}
-        return {"weight": TensorSpec((shape.hidden_size,), "gain", constant(0.0), decays=False)}
+        return {
+            "weight": TensorSpec(
+                (shape.hidden_size,), "gain", constant(0.0), dtype="float32", decays=False
+            )
+        }
 
     def work(self, sublayer_idx, num_sublayers, rows, hidden_size, item_bytes, written_bytes):
         sources, size = sublayer_idx + 1, rows * hidden_size * item_bytes
         is_last = sublayer_idx == num_sublayers
+        # Elementwise, of each source, forward: square, mean, score, share; backward: slope, three
+        # gradients, and their sum with those of other reads. Nothing is compiled into one.
+        counted = sources if sublayer_idx else 0
+        items = counted * rows * hidden_size
         return StreamWork(
             # Of each source its share and its inverse norm, fp32. What the first sublayer gets is
             # the embedding, which counts as kept already.
@@ -36,6 +44,8 @@ class AttentionResiduals(Stream):
             gradient_bytes=0
             if is_last
             else size + (sources - 1) * rows * hidden_size * written_bytes,
+            passes=in_each_way(28 * items, 7 * counted),
+            backward_passes=in_each_way((52 + 3 * item_bytes) * items, 12 * counted),
         )
 
     def make(self, sublayer_idx, num_sublayers, shape, options):

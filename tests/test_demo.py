@@ -1,0 +1,63 @@
+"""The demo: each method with its own rate and initial scale, said in the table and the JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from crnet.compare import demo
+from crnet.config import presets
+from crnet.config.serialize import to_dict
+from crnet.errors import ConfigError
+from test_cli import program
+
+
+@pytest.mark.parametrize("linear", demo.TUNED)
+def test_a_side_differs_in_its_method_and_its_own_values(linear: str, monkeypatch) -> None:
+    tuned = demo.Tuned(lr=7e-3, init_std=0.07)
+    monkeypatch.setitem(demo.TUNED, linear, tuned)
+    base = presets.get("tiny")
+    side = demo.side_config(base, linear)
+    assert (side.model.linear, side.model.init_std, side.optimizer.lr) == (linear, 0.07, 7e-3)
+    same = dataclasses.replace(
+        side,
+        model=dataclasses.replace(side.model, linear=base.model.linear, init_std=0.02),
+        optimizer=dataclasses.replace(side.optimizer, lr=base.optimizer.lr),
+    )
+    assert to_dict(same) == to_dict(base)
+
+
+def test_an_unknown_side_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    with pytest.raises(ConfigError, match="no side lowrnk; it has crnet, full, lowrank"):
+        demo.run(presets.get("tiny"), out, sides=("crnet", "lowrnk"))
+    assert not out.exists()
+
+
+def test_where_the_values_come_from_is_said() -> None:
+    assert "not swept on this corpus" in demo.tuning(0)
+    assert "(1 seed)" in demo.tuning(1)
+    assert "best of a sweep on this corpus (3 seeds)" in demo.tuning(3)
+
+
+@pytest.mark.slow
+def test_three_sides(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    words = "demo --quick --steps 4 --side lowrank --side crnet --side full --json".split()
+    done = program(*words, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert list(figures["rows"]) == ["lowrank", "crnet", "full"]
+    for linear, row in figures["rows"].items():
+        config = json.loads((out / linear / "run.json").read_text(encoding="utf-8"))["config"]
+        assert config["model"]["linear"] == linear
+        assert config["optimizer"]["lr"] == row["lr"] == demo.TUNED[linear].lr
+        assert config["model"]["init_std"] == row["init_std"] == demo.TUNED[linear].init_std
+        tokens = config["train"]["batch_size"] * config["data"]["sequence_length"]
+        assert row["step_s"] * row["tokens_per_s"] == pytest.approx(tokens)
+    text = demo.table(figures)
+    assert text.count(f"{demo.TUNED['full'].lr:.2g}") >= 1
+    assert demo.tuning(demo.TUNING_SEEDS) in text
