@@ -586,7 +586,7 @@ RUN_JSON: dict[str, tuple[Callable[[dict[str, Any]], Any], bool]] = {
     "has an unknown key": (lambda found: _config(found, train={"stepz": 3}), False),
     "has a word for a number": (lambda found: _config(found, train={"steps": "many"}), False),
     "has a list for a name": (lambda found: _config(found, preset=["tiny"]), False),
-    "has a preset that is gone": (lambda found: _config(found, preset="gone"), True),
+    "has a preset that is gone": (lambda found: _config(found, preset="gone"), False),
     "has plugins that are no list": (lambda found: found | {"plugins": 5}, False),
     "has plugins without names": (lambda found: found | {"plugins": [{}]}, False),
     "has plugins of numbers": (lambda found: found | {"plugins": [3]}, False),

@@ -34,7 +34,7 @@ def check(config: RunConfig) -> None:
     """
     model, data, optimizer, train = (getattr(config, name) for name in SECTIONS)
     problems = [*_range_problems(config), *_option_problems(config), *_data_problems(data)]
-    if not any(problem.startswith("--model.") for problem in problems):
+    if model.hidden_size <= _WIDEST:  # of a larger one, not every divisor can be tried
         problems += _head_problems(model)
     problems += _name_problems(model, optimizer)
     if not any(problem.startswith(("--model.", "--optimizer.")) for problem in problems):
