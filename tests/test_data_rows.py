@@ -43,7 +43,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         writer.close()
         parts[split] = writer.part()
         assert len(parts[split].shards) > 1
-    return Prepared(folder, 512, 0, None, "uint16", "", "", parts, {})
+    return Prepared(folder, 512, 0, None, "uint16", "", parts, {}, {})
 
 
 def shards_of(made: Prepared, split: str) -> list[list[list[int]]]:

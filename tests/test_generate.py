@@ -172,7 +172,7 @@ def test_logits_that_are_not_finite_are_refused(bad, greedy):
     model = make()
     with torch.no_grad():
         model.lm_head.weight[7] = bad
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(ConfigError, match="not finite"):
         list(generate(model, [1], Sampling(greedy=greedy), EOS))
 
 

@@ -12,15 +12,16 @@ non-finite with exit code 1.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
-import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import crnet
-from crnet.cli import environment
+from crnet.cli import environment, streams
 from crnet.cli.arguments import Command, whole_numbers
 from crnet.errors import ConfigError, TrainingError
 
@@ -99,30 +100,82 @@ def command(name: str) -> Command:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; ends with exit code 0, 1 (training failed), 2 (bad input) or 130."""
+    """Run the command line; ends with exit code 0, 1 (training failed, or no memory was left), 2
+    (bad input, or standard output cannot be written) or 130."""
     warnings.showwarning = _show_warning
-    try:
-        if argv is None:
-            environment.tune(sys.argv[1:])
-        from crnet.registry import load_plugins
+    with streams.steady():
+        code = _code_of(argv)
+    sys.exit(code)
 
-        words = environment.take_flag(sys.argv[1:] if argv is None else argv)
-        words, files = take_plugins(words)
-        load_plugins(files)
-        app_for(words)(words)
+
+def _code_of(argv: list[str] | None) -> int:
+    """Run the command line and say how it ended. Raises only what is a mistake of ours."""
+    try:
+        with _standard_output():
+            if argv is None:
+                environment.tune(sys.argv[1:])
+            from crnet.registry import load_plugins
+
+            words = environment.take_flag(sys.argv[1:] if argv is None else argv)
+            words, files = take_plugins(words)
+            load_plugins(files)
+            app_for(words)(words)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except ConfigError as error:
         for problem in error.problems:
             print(f"crnet: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader has seen enough (crnet list | head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 2
     except KeyboardInterrupt:
         print("crnet: interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except TrainingError as error:
         print(f"crnet: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"crnet: {_out_of_memory(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _standard_output() -> Iterator[None]:
+    """What is printed within reaches standard output, or it is told that it does not."""
+    try:
+        try:
+            yield
+        except SystemExit:  # help and version
+            sys.stdout.flush()
+            if getattr(sys.stdout, "has_no_reader", False):
+                sys.exit(0)
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough (crnet list | head)
+        sys.exit(0)
+    except streams.Unwritable as error:
+        raise ConfigError(
+            f"standard output cannot be written ({error}); what the command wrote into files is "
+            "whole: make room, or send its output elsewhere"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(each in str(error) for each in words)
+    )
+
+
+def _out_of_memory(error: BaseException) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"out of memory ({reason}); crnet cost says what a run takes: take a smaller "
+        "--train.micro-batch-size, --train.recompute replay, or a smaller model"
+    )
 
 
 def take_plugins(words: list[str]) -> tuple[list[str], list[Path]]:

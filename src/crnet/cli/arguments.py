@@ -5,9 +5,11 @@ Nothing here imports the configuration: a command that needs none of it starts w
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -80,6 +82,19 @@ class Command:
     layers: Literal["run", "data", "checkpoint"] | None = None
     """What stands behind its command line. run: files, then the preset or the resumed run; data:
     files; checkpoint: files, then the data of the checkpoint's run; none: nothing."""
+
+
+def print_json(value: Any) -> None:
+    """Print a result as one JSON document; a number that JSON has none for becomes null."""
+
+    def strict(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {key: strict(each) for key, each in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [strict(each) for each in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    print(json.dumps(strict(value), indent=1, allow_nan=False))
 
 
 def plugin_words() -> list[str]:

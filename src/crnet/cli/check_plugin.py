@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
-from crnet.cli.arguments import Command, Json
+from crnet.cli.arguments import Command, Json, print_json
 from crnet.registry import load_plugins, plugin_methods
 
 
@@ -31,7 +30,7 @@ def check_plugin(file: Path, /, *, as_json: Json = False) -> None:
         for finding in check(method)
     ]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
     else:
         for row in rows:
             verdict = "ok" if row["ok"] else "failed"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset
+from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset, print_json
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
 from crnet.config.serialize import override
@@ -50,7 +49,7 @@ def cost(
     work = workload(run_config)
     rows, titles = table.cost_rows(work, on, ranks), table.titles(work, on, ranks)
     if as_json:
-        print(json.dumps({"rows": [vars(row) for row in rows], "titles": titles}, indent=1))
+        print_json({"rows": [vars(row) for row in rows], "titles": titles})
     else:
         print(table.render(rows, titles))
     if plot is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from crnet.cli.arguments import DEFAULT_PRESET, Command, Json, Switch
+from crnet.cli.arguments import DEFAULT_PRESET, Command, Json, Switch, print_json
 from crnet.cli.layering import new_run
 from crnet.config import presets
 from crnet.config.serialize import override
@@ -45,7 +44,7 @@ def demo(
     chosen = sides or demonstration.SIDES
     figures = demonstration.run(config, out or new_run("demo"), sides=chosen)
     if as_json:
-        print(json.dumps(figures, indent=1))
+        print_json(figures)
         return
     print(demonstration.table(figures))
     print(f"\nloss curves  {figures['picture']}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from crnet.cli.arguments import CheckpointPath, Command, DataFiles, Device, Json
+from crnet.cli.arguments import CheckpointPath, Command, DataFiles, Device, Json, print_json
 from crnet.cli.layering import open_checkpoint
 from crnet.config.check import check
 from crnet.config.sections import DataConfig, RunConfig
@@ -29,7 +27,7 @@ def evaluate(
     check(RunConfig(data=data))
     saved = open_checkpoint(checkpoint)
     prepared = prepare_data(data)
-    if prepared.tokenizer_hash != saved.extra["tokenizer"]:
+    if prepared.tokenizer_hash != saved.extra.get("tokenizer"):
         raise ConfigError(
             f"{saved.folder}: was trained with another tokenizer than this corpus is prepared "
             f"with; give --data.tokenizer {saved.folder}"
@@ -46,7 +44,7 @@ def evaluate(
         "validation_hash": validation_hash(rows, data.validation_tokens),
     }
     if as_json:
-        print(json.dumps(figures, indent=1))
+        print_json(figures)
         return
     print(
         f"{saved.folder}: loss {found.loss:.6f}, perplexity {found.perplexity:.4f} over "

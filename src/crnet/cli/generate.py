@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from crnet.cli.arguments import CheckpointPath, Command, Device, Json
+from crnet.cli.arguments import CheckpointPath, Command, Device, Json, print_json
 from crnet.inference.sampling import Sampling, check_sampling
 
 
@@ -48,7 +47,7 @@ def generate(
         print()
         return
     elapsed_s = time.perf_counter() - start_s
-    print(json.dumps({"prompt": prompt, "text": text, "elapsed_s": elapsed_s}, indent=1))
+    print_json({"prompt": prompt, "text": text, "elapsed_s": elapsed_s})
 
 
 COMMAND = Command(generate)

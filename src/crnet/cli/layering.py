@@ -7,10 +7,8 @@ file wins), and from the preset (or, with ``--resume``, from the run itself).
 from __future__ import annotations
 
 import functools
-import json
 import os
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from crnet.config.sections import (
     TrainConfig,
 )
 from crnet.config.serialize import from_dict, read_json, to_dict
+from crnet.config.settings_file import read_config_file
 from crnet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -145,7 +144,15 @@ def begun_config(run_dir: Path) -> RunConfig | None:
     manifest = read_json(path)
     if not isinstance(manifest.get("config"), dict):
         raise ConfigError(f"{path}: altered (it holds no configuration); start a new run")
-    return from_dict(manifest["config"])
+    try:
+        return from_dict(manifest["config"])
+    except ConfigError as error:
+        made_by = manifest.get("crnet", "unknown")
+        problems = [f"{path}: {problem}" for problem in error.problems]
+        mend = (
+            f"{path}: was written by crnet {made_by}; go on with that version, or start a new run"
+        )
+        raise ConfigError([*problems, mend]) from error
 
 
 def newest_run() -> Path | None:
@@ -162,45 +169,3 @@ def new_run(name: str) -> Path:
         if not folder.exists():
             return folder
     raise ConfigError(f"{RUNS}: no free name for a new run; give --out")
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a YAML, TOML or JSON file of settings, by its ending.
-
-    Raises:
-        ConfigError: missing, of another kind, or not well-formed (with the place, where known).
-    """
-    import yaml
-
-    try:
-        values = _parse(path, path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: is not UTF-8 text ({error})") from error
-    except ConfigError:
-        raise
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {path}: is not well-formed ({reason})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: holds no sections; wanted model, data, ... with keys")
-    if flat := [key for key in SECTIONS if not isinstance(values.get(key, {}), dict)]:
-        raise ConfigError(
-            f"--config {path}: {key} is {values[key]!r}; it must be a section of keys, "
-            "such as model: {rank: 96}"
-            for key in flat
-        )
-    return values
-
-
-def _parse(path: Path, text: str) -> Any:
-    import yaml
-
-    if path.suffix in (".yaml", ".yml"):
-        return yaml.safe_load(text)
-    if path.suffix == ".toml":
-        return tomllib.loads(text)
-    if path.suffix == ".json":
-        return json.loads(text)
-    raise ConfigError(f"--config {path}: end its name in .yaml, .toml or .json")

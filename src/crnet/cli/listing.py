@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from crnet import architectures, linears, optimizers, schedules, streams
-from crnet.cli.arguments import Command, Json
+from crnet.cli.arguments import Command, Json, print_json
 from crnet.config import defaults, presets
 from crnet.config.model_spec import model_spec
 from crnet.config.sections import RunConfig, choose
@@ -38,7 +37,7 @@ def list_known(*, as_json: Json = False) -> None:
         },
     }
     if as_json:
-        print(json.dumps(known, indent=1))
+        print_json(known)
         return
     print(f"presets (parameters in millions, {' and '.join(shown)})")
     for name, row in known["presets"].items():

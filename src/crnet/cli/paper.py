@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, Literal
 
-from crnet.cli.arguments import Command, Json, Switch
+from crnet.cli.arguments import Command, Json, Switch, print_json
 from crnet.errors import ConfigError
 
 RANKS = "10"
@@ -42,7 +41,7 @@ def paper(
     known = sorted([*map(str, tables.TABLES), RANKS], key=int)
     wanted = known if table == "all" else [table]
     if as_json:
-        print(json.dumps([_values(each) for each in wanted], indent=1))
+        print_json([_values(each) for each in wanted])
         return
     print("\n\n".join(_text(each) for each in wanted))
 

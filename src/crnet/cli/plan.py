@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from typing import TYPE_CHECKING
 
-from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, plugin_words
+from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, plugin_words, print_json
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.serialize import command_line, to_dict
 from crnet.errors import ConfigError
@@ -83,7 +82,7 @@ def _show(found: Found, as_json: bool) -> None:
         "command": words,
         "config": to_dict(found.config),
     }
-    print(json.dumps(figures, indent=1))
+    print_json(figures)
 
 
 COMMAND = Command(plan, layers="run")

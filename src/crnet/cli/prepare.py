@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from crnet.cli.arguments import Command, DataFiles, Json
+from crnet.cli.arguments import Command, DataFiles, Json, print_json
 from crnet.config.check import check
 from crnet.config.sections import DataConfig, RunConfig
 from crnet.config.serialize import read_json
@@ -21,7 +19,7 @@ def prepare(
     prepared = prepare_data(data)
     meta = read_json(prepared.folder / "meta.json")
     if as_json:
-        print(json.dumps({"folder": str(prepared.folder), **meta}, indent=1))
+        print_json({"folder": str(prepared.folder), **meta})
         return
     print(f"{prepared.folder}: vocabulary {prepared.vocab_size:,}, {prepared.dtype}")
     for split, part in prepared.parts.items():

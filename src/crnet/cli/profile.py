@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
-from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset
+from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset, print_json
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
 from crnet.errors import ConfigError
@@ -66,7 +65,7 @@ def profile(
         sides = {"predicted": rows, "measured": seen}
         found = {side: [vars(row) for row in each] for side, each in sides.items()}
         advice = {"product_s": products, "advice": precision_advice(products)}
-        print(json.dumps(found | advice, indent=1))
+        print_json(found | advice)
     else:
         print(f"{'':36}{'predicted':>20}{'measured':>20}{'difference':>14}")
         print(table.render(rows, table.titles(work, on), seen))

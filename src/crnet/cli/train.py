@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Resume, plugin_words
+from crnet.cli.arguments import (
+    DEFAULT_PRESET,
+    Command,
+    ConfigFiles,
+    Json,
+    Resume,
+    plugin_words,
+    print_json,
+)
 from crnet.cli.layering import DEFAULTS, Settings, begun_config, new_run, resumed_run
 from crnet.config.check import check
 from crnet.errors import ConfigError
@@ -79,7 +86,7 @@ def _show(result: Result, as_json: bool) -> None:
         "val_perplexity": result.after.perplexity if result.after else None,
     }
     if as_json:
-        print(json.dumps(figures, indent=1))
+        print_json(figures)
         return
     if not result.finished:
         words = ["crnet", "train", "--resume", "--out", str(result.run_dir), *plugin_words()]

@@ -33,7 +33,9 @@ def check(config: RunConfig) -> None:
     Whether files exist and hold text is seen when they are opened (``data.prepare``).
     """
     model, data, optimizer, train = (getattr(config, name) for name in SECTIONS)
-    problems = [*_range_problems(config), *_data_problems(data), *_head_problems(model)]
+    problems = [*_range_problems(config), *_option_problems(config), *_data_problems(data)]
+    if model.hidden_size <= _WIDEST:  # of a larger one, not every divisor can be tried
+        problems += _head_problems(model)
     problems += _name_problems(model, optimizer)
     if not any(problem.startswith(("--model.", "--optimizer.")) for problem in problems):
         problems += _method_problems(config)
@@ -73,6 +75,25 @@ _ZERO_OR_MORE = {
     "train": ("eval_every_steps", "save_every_steps", "keep_checkpoints", "seed"),
     "optimizer": ("weight_decay", "clip_norm"),
 }
+_WIDEST, _LONGEST = 2**24, 2**63 - 1  # of a tensor; what 64 bits hold
+_MOST: dict[str, dict[str, int]] = {
+    "model": {
+        **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), _WIDEST),
+        **dict.fromkeys(("num_heads", "num_kv_heads"), _WIDEST),
+        "num_layers": 2**16,
+    },
+    "data": {
+        **dict.fromkeys(("vocab_size", "sequence_length"), _WIDEST),
+        **dict.fromkeys(("validation_tokens", "max_documents"), _LONGEST),
+    },
+    "train": {
+        **dict.fromkeys(("batch_size", "micro_batch_size"), _WIDEST),
+        **dict.fromkeys(("steps", "log_every_steps", "eval_every_steps"), _LONGEST),
+        **dict.fromkeys(("save_every_steps", "keep_checkpoints"), _LONGEST),
+        "threads": 4096,
+        "seed": 2**64 - 1,
+    },
+}
 _SHARES = {"optimizer": ("warmup_frac", "min_lr_frac")}
 _DECAYS = {"optimizer": ("beta1", "beta2")}
 
@@ -81,7 +102,7 @@ def _range_problems(config: RunConfig) -> Iterator[str]:
     """Numbers outside the range that their key has."""
     rules = (
         (_ABOVE_ZERO, lambda x: x > 0 and math.isfinite(x), "must be above zero and finite"),
-        (_ZERO_OR_MORE, lambda x: x >= 0, "must be zero or more"),
+        (_ZERO_OR_MORE, lambda x: 0 <= x < math.inf, "must be zero or more and finite"),
         (_DECAYS, lambda x: 0 <= x < 1, "must lie in [0, 1)"),
         (_SHARES, lambda x: 0 <= x <= 1, "is a share and must lie in [0, 1]"),
     )
@@ -91,6 +112,26 @@ def _range_problems(config: RunConfig) -> Iterator[str]:
                 value = getattr(getattr(config, section), key)
                 if value is not None and not is_fine(value):
                     yield f"--{section}.{key.replace('_', '-')} is {value}; it {wanted}"
+    for section, limits in _MOST.items():
+        for key, most in limits.items():
+            value = getattr(getattr(config, section), key)
+            if value is not None and value > most:
+                yield f"--{section}.{key.replace('_', '-')} is {value}; it must be {most} or less"
+
+
+def _option_problems(config: RunConfig) -> Iterator[str]:
+    """Numbers of methods' options that are none, or more than any count can be."""
+    for section in SECTIONS:
+        for field in dataclasses.fields(getattr(config, section)):
+            options = getattr(getattr(config, section), field.name)
+            if not dataclasses.is_dataclass(options):
+                continue
+            for key, value in vars(options).items():
+                flag = f"--{section}.{field.name}.{key}".replace("_", "-")
+                if isinstance(value, float) and not math.isfinite(value):
+                    yield f"{flag} is {value}; it must be finite"
+                elif isinstance(value, int) and abs(value) >= 2**31:
+                    yield f"{flag} is {value}; it must be {2**31 - 1} or less"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:

@@ -56,13 +56,24 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Inverse of ``to_dict``. Raises ``ConfigError`` on an unknown key or a wrong type."""
-    return _build(RunConfig, values, "")
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"the configuration is a {type(values).__name__}, not an object of keys")
+    return build(RunConfig, values)
 
 
-def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+def build(cls: Any, values: Mapping[str, Any], where: str = "") -> Any:
+    """A dataclass, and those inside it, from what ``to_dict`` made of it; a field with a default
+    may be missing.
+
+    Raises:
+        ConfigError: every unknown key, missing key and wrong type.
+    """
     hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
+    fields = dataclasses.fields(cls)
+    known = {field.name for field in fields}
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
     problems = [f"unknown key {where}{key}" for key in sorted(set(values) - known)]
+    problems += [f"missing key {where}{key}" for key in sorted(needed - set(values))]
     built = {}
     for key in sorted(set(values) & known):
         try:
@@ -77,7 +88,7 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return _build(hint, value, where + ".")
+        return build(hint, value, where + ".")
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -86,13 +97,18 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(args[0], item, where) for item in value)
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _coerce(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise ConfigError(f"{where} is {value!r}, which is not a {getattr(hint, '__name__', hint)}")
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
+    raise ConfigError(f"{where} is {shown}, which is not a {getattr(hint, '__name__', hint)}")
 
 
 def command_line(config: RunConfig) -> list[str]:
@@ -117,11 +133,33 @@ def _flags(before: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing or broken file is a ``ConfigError`` that names it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"{path}: is not a file")
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: altered (it holds no JSON object)")
     return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """As ``json.loads``. Raises ``ValueError`` also for a key that stands twice, or too deep."""
+    try:
+        return json.loads(text, object_pairs_hook=without_doubles)
+    except RecursionError:
+        raise ValueError("it goes too deep") from None
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's pairs as a dict. Raises ``ValueError`` where a key stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {double!r} stands there twice")
+    return found

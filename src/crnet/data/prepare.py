@@ -27,7 +27,15 @@ from tqdm import tqdm
 from crnet.config.sections import DataConfig
 from crnet.config.serialize import to_dict
 from crnet.data import sources, tokenizer
-from crnet.data.shards import FORMAT, Prepared, ShardWriter, open_prepared, write_meta, writing
+from crnet.data.shards import (
+    FORMAT,
+    Prepared,
+    ShardWriter,
+    file_of,
+    open_prepared,
+    write_meta,
+    writing,
+)
 from crnet.data.sources import Document
 from crnet.data.tokenizer import Tokenizer
 from crnet.errors import ConfigError
@@ -51,7 +59,8 @@ def prepare(
 
     The folder appears whole or not at all: it is written under another name and renamed. Two
     processes that prepare the same corpus both do the work; the first to finish is kept. A folder
-    whose files do not have the sizes that meta.json gives is made again, with a warning.
+    with a file that is missing or altered is made again, with a warning (``data.shards`` says what
+    is checked).
 
     Args:
         data: the corpus and the tokenizer.
@@ -60,11 +69,11 @@ def prepare(
     Returns:
         The prepared corpus.
     Raises:
-        ConfigError: a source or the tokenizer cannot be used, no document is left for training
-            or for validation, or the cache cannot be written.
-    Cost: one ``stat`` per source file where the cache has it; else one pass (two where the
-        tokenizer is trained): on two cores one to two million tokens a second, a third of that
-        with a Unigram tokenizer.json such as T5's (its .model is faster).
+        ConfigError: a source or the tokenizer cannot be used, a source changed while it was read,
+            no document is left for training or for validation, or the cache cannot be written.
+    Cost: one ``stat`` per file where the cache has it; else one pass (two where the tokenizer
+        is trained): on two cores one to two million tokens a second, a third of that with a Unigram
+        tokenizer.json such as T5's (its .model is faster).
     """
     identity = sources.identity(data)
     key = _key(data, identity, shard_tokens)
@@ -77,6 +86,11 @@ def prepare(
         unfinished = _new_folder(cache, key)
     try:
         _fill(unfinished, data, identity, progress, shard_tokens)
+        if sources.identity(data) != identity:
+            raise ConfigError(
+                f"--data.source {' '.join(data.source)} changed while it was read; prepare it "
+                "again once nothing writes to it"
+            )
         with writing(cache):
             _publish(unfinished, folder)
     finally:
@@ -188,19 +202,22 @@ def _fill(
         for writer in writers.values():
             writer.close()
     _check_parts(data, {split: writer.documents for split, writer in writers.items()})
-    prepared = Prepared(
-        folder=folder,
-        vocab_size=encoder.vocab_size,
-        eos_id=encoder.eos_id,
-        pad_id=encoder.pad_id,
-        dtype=dtype,
-        tokenizer_hash=encoder.hash,
-        validation_sha256=validation.sha256(),
-        parts={split: writer.part() for split, writer in writers.items()},
-        source=_provenance(data, identity),
-    )
     with writing(folder.parent):
         encoder.save(folder)
+        files = train.files | validation.files
+        others = sorted(path for path in folder.iterdir() if path.name not in files)
+        files |= {path.name: file_of(path) for path in others}
+        prepared = Prepared(
+            folder=folder,
+            vocab_size=encoder.vocab_size,
+            eos_id=encoder.eos_id,
+            pad_id=encoder.pad_id,
+            dtype=dtype,
+            tokenizer_hash=encoder.hash,
+            parts={split: writer.part() for split, writer in writers.items()},
+            source=_provenance(data, identity),
+            files=files,
+        )
         write_meta(prepared)
 
 

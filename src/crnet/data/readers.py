@@ -11,7 +11,6 @@ import gzip
 import importlib
 import io
 import itertools
-import json
 import lzma
 import re
 import zlib
@@ -21,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from crnet.config.sections import DataConfig
+from crnet.config.serialize import parse_json
 from crnet.errors import ConfigError
 
 WHOLE_FILE_CHARS = 64 * 1024
@@ -146,11 +146,15 @@ def _whole(blocks: Iterator[str]) -> Iterator[str]:
 
 
 def _lines(blocks: Iterator[str]) -> Iterator[str]:
-    rest = ""
+    parts: list[str] = []  # of the line that has not ended; joined once, however long it is
     for block in blocks:
-        *lines, rest = (rest + block).split("\n")
-        yield from lines
-    yield rest
+        first, *others = block.split("\n")
+        parts.append(first)
+        if others:
+            yield "".join(parts)
+            yield from others[:-1]
+            parts = [others[-1]]
+    yield "".join(parts)
 
 
 def _paragraphs(blocks: Iterator[str]) -> Iterator[str]:
@@ -253,21 +257,31 @@ def _field(record: dict[str, Any], key: str, where: str) -> str | None:
 
 def _record_texts(path: Path, text_key: str | None) -> Texts:
     key = TextKey(text_key)
-    offset = number = 0
-    rest = b""
-    for block in itertools.chain(_bytes(path), [b"\n"]):
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            number += 1
-            if line and not line.isspace():
-                origin = f"{path}:{number}"
-                yield key.text_of(_record(path, line, number, offset), origin), origin
-            offset += len(line) + 1
+    offset = 0
+    for number, line in enumerate(_byte_lines(path), 1):
+        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if content and not content.isspace():
+            origin = f"{path}:{number}"
+            start = offset + len(line) - len(content)
+            yield key.text_of(_record(path, content, number, start), origin), origin
+        offset += len(line) + 1
+
+
+def _byte_lines(path: Path) -> Iterator[bytes]:
+    parts: list[bytes] = []
+    for block in _bytes(path):
+        first, *others = block.split(b"\n")
+        parts.append(first)
+        if others:
+            yield b"".join(parts)
+            yield from others[:-1]
+            parts = [others[-1]]
+    yield b"".join(parts)
 
 
 def _record(path: Path, line: bytes, number: int, offset: int) -> Any:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except UnicodeDecodeError as error:
         byte = line[error.start]
         raise ConfigError(_undecodable(path, offset + error.start, byte)) from error

@@ -6,32 +6,47 @@ Layout of a prepared folder (all numbers little-endian):
     train-00000.idx       uint64: where each document of that shard starts, in ids
     validation-00000.bin  and .idx, the same
     tokenizer.json        or tokenizer.model (and tokenizer_config.json)
-    meta.json             written last
+    meta.json             what is there, size and SHA-256 of every file, and of itself
+    verified.json         size, times and inode of every file when it was last found whole
+
+Opening a folder compares the size of every file always, and its SHA-256 wherever verified.json does
+not vouch for it: after a copy, an edit, or anything else that the file system has seen. Refused:
+hashing every time, which reads a large corpus once more at every start; hashing a sample, which
+passes over a flipped token. What no one sees then is a disk that alters a file by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
-from crnet.config.serialize import read_json
+from crnet.config.serialize import build, read_json, to_dict
 from crnet.data.tokenizer import Tokenizer, load_saved
 from crnet.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout; part of a folder's name, so a new one never reads an old folder."""
 
-_META = "meta.json"
+_META, _VERIFIED = "meta.json", "verified.json"
+_SHOWN_BYTES = 1 << 30  # hashing less takes no time that a user would wonder about
 
 IdType = Literal["uint16", "uint32"]
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,8 @@ class Part:
     """End tokens included."""
     text_bytes: int
     """UTF-8 length of the documents."""
+    sha256: str
+    """Of the ids as they lie on disk, shard after shard."""
     shards: tuple[Shard, ...]
 
 
@@ -67,12 +84,12 @@ class Prepared:
     pad_id: int | None
     dtype: IdType
     tokenizer_hash: str
-    validation_sha256: str
-    """Of the validation part's ids as they lie on disk."""
     parts: dict[str, Part]
     """By split: train and validation."""
     source: dict[str, Any]
     """What was read and how, for the reader of meta.json."""
+    files: dict[str, File]
+    """Every file but meta.json and verified.json, by name."""
 
     def tokenizer(self) -> Tokenizer:
         """Open the tokenizer that made the ids. Cost: up to a second."""
@@ -102,40 +119,50 @@ def write_meta(prepared: Prepared) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    meta = {"format": FORMAT, **dataclasses.asdict(prepared)}
+    meta = {"format": FORMAT, **to_dict(prepared)}
     del meta["folder"]
-    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+    meta["sha256"] = _meta_hash(meta)
+    text = json.dumps(meta, indent=2) + "\n"
     (prepared.folder / _META).write_text(text, encoding="utf-8")
+    _vouch(prepared.folder, prepared.files)
+
+
+def _meta_hash(meta: Mapping[str, Any]) -> str:
+    """Of a description's values, however they are laid out."""
+    rest = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def file_of(path: Path) -> File:
+    """Size and hash of a file. Raises ``OSError``. Cost: reads it, about a second for a GB."""
+    with path.open("rb") as stream:
+        return File(path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """Read meta.json and check that every file is there and has the size that it gives.
+    """Read meta.json and check that every file is there and is the one it describes.
 
     Raises:
-        ConfigError: meta.json or a shard is missing or damaged.
-    Cost: one ``stat`` per file.
+        ConfigError: meta.json or another file is missing or altered.
+    Cost: one ``stat`` per file; about a second for a GB where verified.json does not vouch for it.
     """
     meta = read_json(folder / _META)
+    if meta.get("format") != FORMAT or meta.get("sha256") != _meta_hash(meta):
+        raise ConfigError(f"{folder / _META}: altered (it is not as it was written)")
+    values = {key: value for key, value in meta.items() if key not in ("format", "sha256")}
     try:
-        prepared = _from_meta(folder, meta)
-        sizes = _sizes(prepared)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder / _META}: is not a description of tokens ({error})") from error
-    for path, size in sizes.items():
-        actual = path.stat().st_size if path.is_file() else None
-        if actual != size:
-            has = "is missing" if actual is None else f"has {actual} bytes"
-            raise ConfigError(f"{path} {has} where meta.json says {size}")
+        prepared = build(Prepared, {"folder": str(folder), **values})
+    except ConfigError as error:
+        raise ConfigError(f"{folder / _META}: {problem}" for problem in error.problems) from error
+    if prepared.parts.keys() != {"train", "validation"}:
+        raise ConfigError(f"{folder / _META}: wanted are the parts train and validation")
+    for path, size in _sizes(prepared).items():
+        if path.name not in prepared.files or prepared.files[path.name].bytes != size:
+            raise ConfigError(
+                f"{folder / _META}: what it says of {path.name} does not fit together"
+            )
+    _check_files(prepared)
     return prepared
-
-
-def _from_meta(folder: Path, meta: dict[str, Any]) -> Prepared:
-    parts = {
-        split: Part(**{**part, "shards": tuple(Shard(**shard) for shard in part["shards"])})
-        for split, part in meta.pop("parts").items()
-    }
-    del meta["format"]
-    return Prepared(folder=folder, parts=parts, **meta)
 
 
 def _sizes(prepared: Prepared) -> dict[Path, int]:
@@ -147,6 +174,54 @@ def _sizes(prepared: Prepared) -> dict[Path, int]:
             sizes[prepared.folder / f"{shard.name}.bin"] = shard.tokens * id_bytes
             sizes[prepared.folder / f"{shard.name}.idx"] = shard.documents * 8
     return sizes
+
+
+def _check_files(prepared: Prepared) -> None:
+    folder, files = prepared.folder, prepared.files
+    for name, wanted in files.items():
+        if Path(name).name != name:
+            raise ConfigError(f"{folder / _META}: {name!r} is not the name of a file beside it")
+        path = folder / name
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != wanted.bytes:
+            has = "is missing" if actual is None else f"has {actual} bytes"
+            raise ConfigError(f"{path} {has} where meta.json says {wanted.bytes}")
+    if _is_vouched(folder, files):
+        return
+    total = sum(wanted.bytes for wanted in files.values())
+    quiet = total < _SHOWN_BYTES
+    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=quiet) as bar:
+        for name, wanted in files.items():
+            try:
+                found = file_of(folder / name)
+            except OSError as error:
+                raise ConfigError(f"{folder / name}: cannot be read ({error.strerror})") from error
+            if found != wanted:
+                raise ConfigError(f"{folder / name}: altered (its sha256 is not meta.json's)")
+            bar.update(wanted.bytes)
+    _vouch(folder, files)
+
+
+def _seen(folder: Path, files: Mapping[str, File]) -> dict[str, list[int]]:
+    """What the file system changes whenever a file is written, copied or replaced."""
+    stats = {name: (folder / name).stat() for name in files}
+    return {
+        name: [each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino]
+        for name, each in stats.items()
+    }
+
+
+def _is_vouched(folder: Path, files: Mapping[str, File]) -> bool:
+    try:
+        return read_json(folder / _VERIFIED) == _seen(folder, files)
+    except ConfigError:  # none there, or broken: the files are hashed
+        return False
+
+
+def _vouch(folder: Path, files: Mapping[str, File]) -> None:
+    """Remember that every file has the hash it should have."""
+    with contextlib.suppress(OSError):  # a folder that cannot be written is verified every time
+        (folder / _VERIFIED).write_text(json.dumps(_seen(folder, files)) + "\n", encoding="utf-8")
 
 
 class ShardWriter:
@@ -167,7 +242,9 @@ class ShardWriter:
         self._starts: list[int] = []
         self._shards: list[Shard] = []
         self._fill = 0
-        self._digest = hashlib.sha256()
+        self._digest, self._shard_digest = hashlib.sha256(), hashlib.sha256()
+        self.files: dict[str, File] = {}
+        """What has been written, by name; complete once closed."""
         self.documents = self.tokens = self.text_bytes = 0
 
     def write(self, ids: np.ndarray, text_bytes: int) -> None:
@@ -192,6 +269,7 @@ class ShardWriter:
         self.tokens += len(ids)
         self.text_bytes += text_bytes
         self._digest.update(content)
+        self._shard_digest.update(content)
 
     def close(self) -> None:
         """Finish the last shard.
@@ -205,18 +283,19 @@ class ShardWriter:
 
     def part(self) -> Part:
         """Return what was written; complete once closed."""
-        return Part(self.documents, self.tokens, self.text_bytes, tuple(self._shards))
-
-    def sha256(self) -> str:
-        """Return the hash of all ids written, in hex."""
-        return self._digest.hexdigest()
+        digest = self._digest.hexdigest()
+        return Part(self.documents, self.tokens, self.text_bytes, digest, tuple(self._shards))
 
     def _name(self) -> str:
         return f"{self._split}-{len(self._shards):05d}"
 
     def _finish(self) -> None:
+        name, size = self._name(), self._fill * self._dtype.itemsize
         self._file.close()
         self._file = None
-        np.array(self._starts, "<u8").tofile(self._folder / f"{self._name()}.idx")
-        self._shards.append(Shard(self._name(), self._fill, len(self._starts)))
-        self._starts, self._fill = [], 0
+        starts = np.array(self._starts, "<u8").tobytes()
+        (self._folder / f"{name}.idx").write_bytes(starts)
+        self.files[f"{name}.bin"] = File(size, self._shard_digest.hexdigest())
+        self.files[f"{name}.idx"] = File(len(starts), hashlib.sha256(starts).hexdigest())
+        self._shards.append(Shard(name, self._fill, len(self._starts)))
+        self._starts, self._fill, self._shard_digest = [], 0, hashlib.sha256()

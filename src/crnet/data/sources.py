@@ -299,8 +299,15 @@ def _walk(folder: Path) -> list[Path]:
         for name in names:
             # A README or a licence speaks about the data; it is no part of it.
             if not name.startswith(".") and not _ABOUT_DATA.match(name):
-                found.append(Path(here, name))
+                found.append(_regular(Path(here, name)))
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _regular(path: Path) -> Path:
+    """The path, unless a pipe or a device has it: reading one would wait, or never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{path}: is neither a file nor a folder; take it out of the folder")
+    return path
 
 
 def _named_below(root: Path, paths: Iterable[Path]) -> list[_File]:

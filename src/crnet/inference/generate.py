@@ -37,7 +37,7 @@ def filter_logits(logits_V: Tensor, sampling: Sampling) -> Tensor:
     Returns:
         (V,), fp64, on the CPU; they sum to 1, and tokens not to be chosen have exactly 0.
     Raises:
-        RuntimeError: a logit is infinite or not a number.
+        ConfigError: a logit is infinite or not a number.
     Cost: a few passes over V numbers, and one sort of those that top-k or top-p can keep.
     Source: top-p: Holtzman et al. 2020 (arXiv:1904.09751), section 3.1.
     """
@@ -120,7 +120,7 @@ def generate(
         At most ``max_tokens`` ids. Nothing is computed before the first is asked for.
     Raises:
         ConfigError: at the call; every problem of the options and of the prompt at once.
-        RuntimeError: while running; a logit is infinite or not a number.
+        ConfigError: while running; a logit is infinite or not a number.
     Cost: with the cache one pass over the prompt, then one token a pass, and the cache's memory
         for the prompt and ``max_tokens``; without it a pass over everything so far for each token.
     """
@@ -210,7 +210,7 @@ def _likeliest(logits_V: Tensor) -> int:
 
 def _check_finite(are_finite: bool) -> None:
     if not are_finite:
-        raise RuntimeError(
+        raise ConfigError(
             "the model's logits are not finite, so no next token can be chosen; its weights are "
             "broken or overflow in their dtype: take an earlier checkpoint or a wider dtype"
         )

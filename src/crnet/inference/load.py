@@ -35,7 +35,13 @@ def load_model(
         ConfigError: the weights are not those of the model that the configuration describes.
     Cost: the weights once from the disk; one copy on the CPU beside the model's own memory.
     """
-    spec = spec or stored_on(model_spec(saved.config.model), device)
+    config = saved.config.model
+    if not config.vocab_size:
+        raise ConfigError(f"{saved.folder}: altered (model.vocab_size is {config.vocab_size!r})")
+    try:
+        spec = spec or stored_on(model_spec(config), device)
+    except (ValueError, ArithmeticError) as error:
+        raise ConfigError(f"{saved.folder}: its model cannot be built ({error})") from error
     weights = saved.weights()
     dtype = weights_dtype(saved.config.train.precision)
     check_weights(spec, weights, dtype, saved.folder / WEIGHTS)
@@ -99,9 +105,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta has no numbers
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"--train.device {name}: cannot be used ({reason}); say cpu, cuda or auto"
         ) from error

@@ -202,12 +202,19 @@ def _parse_schedule(text: str, num_blocks: int, hidden_size: int) -> list[int]:
             raise ValueError(f"--model.rank: {part.strip()!r} is a rank of {rank}; take 1 or more")
         if match[2] and int(match[2]) == 0:
             raise ValueError(f"--model.rank: {part.strip()!r} is a rank for no block; leave it out")
-        ranks += [rank] * (int(match[2]) if match[2] else 1)
+        count = int(match[2] or 1)
+        if count > num_blocks:  # before a slip makes a list without end
+            raise ValueError(_not_one_each(text, len(ranks) + count, num_blocks, rank))
+        ranks += [rank] * count
     if len(parts) == 1 and len(ranks) == 1 and "x" not in text:
         ranks *= num_blocks
     if len(ranks) != num_blocks:
-        raise ValueError(
-            f"--model.rank {text} gives {len(ranks)} ranks, but {num_blocks} blocks are low rank; "
-            f"{ranks[0]} alone would serve all of them"
-        )
+        raise ValueError(_not_one_each(text, len(ranks), num_blocks, ranks[0]))
     return ranks
+
+
+def _not_one_each(text: str, num_ranks: int, num_blocks: int, rank: int) -> str:
+    return (
+        f"--model.rank {text} gives {num_ranks} ranks, but {num_blocks} blocks are low rank; "
+        f"{rank} alone would serve all of them"
+    )

@@ -15,6 +15,8 @@ dictionaries come in and go out.
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
 import shutil
 import warnings
@@ -102,9 +104,17 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """Optimizer and random states, on the CPU. Raises ``ConfigError`` where it is damaged."""
+        path = self.folder / STATE
         if not self.state_verified:
-            _verify_file(self.folder / STATE, read_json(self.folder / CHECKSUMS).get(STATE))
-        return torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+            _verify_file(path, read_json(self.folder / CHECKSUMS).get(STATE))
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"{path}: cannot be read ({reason})") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path}: altered (it holds a {type(found).__name__})")
+        return found
 
 
 def save(run_dir: Path, contents: Contents, keep: int) -> Path:
@@ -206,7 +216,7 @@ def _prune(run_dir: Path, step: int, keep: int) -> None:
 def found(run_dir: Path) -> list[Path]:
     """Every finished checkpoint of a run, newest first, unverified."""
     root = run_dir / "checkpoints"
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return []
     folders = [path for path in root.iterdir() if re.fullmatch(r"step_\d+", path.name)]
     return sorted(folders, key=_step, reverse=True)
@@ -238,11 +248,11 @@ def resolve(path: Path) -> Checkpoint:
 
     For its weights: the optimizer's state, twice their size, is verified where it is asked for.
     """
-    if (path / DESCRIPTION).exists() or (path / CHECKSUMS).exists():
+    if os.path.exists(path / DESCRIPTION) or os.path.exists(path / CHECKSUMS):
         return load(path, with_state=False)
     checkpoint = newest(path, with_state=False)
     if checkpoint is None:
-        near = "it is not there" if not path.exists() else "it holds no checkpoints/step_N"
+        near = "it is not there" if not os.path.exists(path) else "it holds no checkpoints/step_N"
         raise ConfigError(f"{path}: no checkpoint ({near}); name a run folder or one of its steps")
     return checkpoint
 
@@ -266,6 +276,11 @@ def load(folder: Path, *, with_state: bool = True) -> Checkpoint:
     wanted_keys = {"config", "step", "position", "tokens", "extra"}
     if missing := sorted(wanted_keys - description.keys()):
         raise ConfigError(f"{folder / DESCRIPTION}: altered ({', '.join(missing)} missing)")
+    for key in ("step", "position", "tokens"):
+        if type(description[key]) is not int or not 0 <= description[key] < 2**63:
+            raise ConfigError(f"{folder / DESCRIPTION}: altered ({key} is {description[key]!r})")
+    if not isinstance(description["extra"], dict):
+        raise ConfigError(f"{folder / DESCRIPTION}: altered (extra is {description['extra']!r})")
     return Checkpoint(
         folder=folder,
         config_dict=description["config"],
@@ -278,6 +293,10 @@ def load(folder: Path, *, with_state: bool = True) -> Checkpoint:
 def _verify(folder: Path, with_state: bool) -> None:
     sums = read_json(folder / CHECKSUMS)
     for name, wanted in sums.items():
+        if Path(name).name != name or "\0" in name:
+            raise ConfigError(
+                f"{folder / CHECKSUMS}: altered ({name!r} is not the name of a file beside it)"
+            )
         if name != STATE or with_state:
             _verify_file(folder / name, wanted)
     for name in (WEIGHTS, STATE, DESCRIPTION):

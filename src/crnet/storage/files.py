@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +27,31 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror or error}); free space or make it "
             "writable, then go on with --resume"
         ) from error
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep every other process that asks for the same out of a folder, until this one is done or
+    dead; nothing is left behind. Where a file system has no locks, nobody is kept out.
+
+    Raises:
+        ConfigError: another process is there.
+        OSError: there is no such folder.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder}: another process is training there; wait until it has ended, or choose "
+                "another --out"
+            ) from error
+        except OSError:  # some network file systems
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -60,7 +60,9 @@ def write_manifest(
     earlier = []
     if path.exists():
         last = read_json(path)
-        earlier = [*last.get("earlier_starts", []), {key: last.get(key) for key in start}]
+        before = last.get("earlier_starts", [])
+        before = before if isinstance(before, list) else [before]
+        earlier = [*before, {key: last.get(key) for key in start}]
     manifest = {"config": to_dict(config), **start, **facts, "earlier_starts": earlier}
     write_atomically(path, json.dumps(manifest, indent=1) + "\n")
 

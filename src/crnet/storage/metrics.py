@@ -14,10 +14,13 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from crnet.config.serialize import parse_json
 from crnet.errors import ConfigError
 from crnet.storage.files import write_atomically
 
 Row = dict[str, Any]
+
+METRICS = "metrics.jsonl"
 
 
 class Metrics:
@@ -32,7 +35,7 @@ class Metrics:
                 None: a new file.
             tensorboard: also write event files (needs the tensorboard package).
         """
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / METRICS
         kept = [] if upto_step is None else [r for r in read(self.path) if r["step"] <= upto_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file: IO[str] = self.path.open("a", encoding="utf-8")
@@ -71,15 +74,37 @@ def _board(run_dir: Path, upto_step: int | None) -> Any:
 
 
 def read(path: Path) -> list[Row]:
-    """Every whole row of a metrics file, without a cut-off last line; none without a file."""
-    if not path.exists():
+    """Every whole row of a metrics file, without a cut-off last line; none without a file.
+
+    Raises:
+        ConfigError: another line is no row (which one).
+    """
+    if not os.path.exists(path):
         return []
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    *whole, cut_off = content.split(b"\n")
+    lines = [*whole, cut_off] if cut_off else whole
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(_row(line))
         except ValueError as error:
-            if number < len(lines):
-                raise ConfigError(f"{path}, line {number}: is not JSON ({error})") from error
+            if number <= len(whole):
+                raise ConfigError(
+                    f"{path}, line {number}: is no row of figures ({error}); take the line out"
+                ) from error
     return rows
+
+
+def _row(line: bytes) -> Row:
+    """A line's row. Raises ``ValueError`` where it is none."""
+    row = parse_json(line)
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("it has no step")
+    for key in ("loss", "val_loss", "val_tokens", "tokens"):
+        if not isinstance(row.get(key, 0), (int, float)):
+            raise ValueError(f"{key} is {row[key]!r}")
+    return row

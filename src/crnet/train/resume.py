@@ -56,7 +56,12 @@ def check_plugins(run_dir: Path) -> None:
 
     loaded = {plugin.name: plugin for plugin in plugins()}
     problems = []
-    for was in read_json(run_dir / MANIFEST).get("plugins", []):
+    begun_with = read_json(run_dir / MANIFEST).get("plugins", [])
+    if not isinstance(begun_with, list) or not all(
+        isinstance(each, dict) and {"name", "sha256"} <= each.keys() for each in begun_with
+    ):
+        raise ConfigError(f"{run_dir / MANIFEST}: altered (plugins is no list of names and hashes)")
+    for was in begun_with:
         now = loaded.get(was["name"])
         if now is None:
             problems.append(
@@ -95,9 +100,9 @@ def check_same_run(saved: Checkpoint, config: RunConfig, hashes: Mapping[str, st
             "more, or start a new run"
         )
     for what in ("tokenizer", "corpus"):
-        if not problems and hashes[what] != saved.extra[what]:
+        if not problems and hashes[what] != saved.extra.get(what):
             problems.append(
-                f"the {what} is not the one this run began with (was {saved.extra[what]}, is "
+                f"the {what} is not the one this run began with (was {saved.extra.get(what)}, is "
                 f"now {hashes[what]}); restore it, or start a new run"
             )
     if problems:

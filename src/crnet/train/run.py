@@ -90,8 +90,17 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     check(config)
     check_folder(run_dir, resume)
     choose_kernels(config.train)
+    with contextlib.ExitStack() as held:  # what keeps other processes out of the folder
+        return _run(config, run_dir, resume, progress, held)
+
+
+def _run(
+    config: RunConfig, run_dir: Path, resume: bool, progress: bool, held: contextlib.ExitStack
+) -> Result:
     if resume:
+        held.enter_context(files.alone(run_dir))
         check_plugins(run_dir)
+        metrics.read(run_dir / metrics.METRICS)  # a broken one is refused before anything changes
     prepared = prepare(config.data, progress=progress)
     device = pick_device(config.train.device)
     config = resolve(config, prepared, device)
@@ -116,6 +125,9 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     }
     with files.writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            held.enter_context(files.alone(run_dir))
+            check_folder(run_dir, resume)  # another one may have begun since
         start = {"from_step": at.step, "resumed_with": changed}
         write_manifest(run_dir, config, device=device, start=start, facts=facts)
         upto_step = at.step if saved else None
@@ -176,12 +188,11 @@ def open_corpus(prepared: Prepared, config: RunConfig) -> Corpus:
     )
     check_enough(train, config.train.batch_size)
     check_enough(validation, 1)
-    part = prepared.parts["train"]
+    parts = prepared.parts
     hashes = {
         "tokenizer": prepared.tokenizer_hash,
-        # What the order of rows hangs on, without reading every token of a large corpus once more.
-        "corpus": f"{part.tokens} tokens, {part.documents} documents, "
-        f"{prepared.validation_sha256} held out",
+        "corpus": f"{parts['train'].tokens} tokens {parts['train'].sha256}, "
+        f"{parts['validation'].sha256} held out",
         "validation": validation_hash(validation, data.validation_tokens),
     }
     return Corpus(prepared, train, validation, hashes)
@@ -219,7 +230,14 @@ def make_step(
     if saved is None:
         step.run_events(0)
     else:
-        restore(step.optimizer, saved.state(), device, spec)
+        state = saved.state()
+        try:
+            restore(step.optimizer, state, device, spec)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise ConfigError(
+                f"{saved.folder / checkpoint.STATE}: is not the state of this optimizer ({error}); "
+                "restore the file, or remove the checkpoint to go on from the one before it"
+            ) from error
     return step
 
 

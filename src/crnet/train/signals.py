@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a run to save and stop."""
+"""SIGINT, SIGTERM and SIGHUP ask a run to save and stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Stop:
-    """Set by the first SIGINT or SIGTERM; the loop looks at it between steps."""
+    """Set by the first signal; the loop looks at it between steps."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -18,18 +18,23 @@ class Stop:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Stop]:
-    """The first SIGINT or SIGTERM asks the loop to save and stop; the second ends at once."""
+    """The first SIGINT or SIGTERM asks the loop to save and stop; the second ends at once.
+
+    SIGHUP, a terminal that is gone, is one of them unless it is ignored, as under nohup.
+    """
     stop = Stop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     previous: dict[int, Any] = {}
 
     def handle(number: int, frame: object) -> None:
         for each in numbers:  # first of all: a second signal may come while the first is answered
             signal.signal(each, signal.SIG_DFL)
         stop.requested = signal.Signals(number).name
-        print(
-            f"\n{stop.requested}: saving after this step; once more ends at once", file=sys.stderr
-        )
+        message = f"\n{stop.requested}: saving after this step; once more ends at once"
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another message
+            print(message, file=sys.stderr)
 
     try:
         for number in numbers:
