@@ -367,6 +367,56 @@ FAULTS = [
         "items += 0",
         "test_optimizers.py::test_state_bytes",
     ),
+    # Updates in bf16.
+    fault(
+        "random rounding always towards zero",
+        "optimizers/_low_precision/module.py",
+        "noise.add_(x.view(torch.int32))",
+        "noise.zero_().add_(x.view(torch.int32))",
+        "test_low_precision.py::test_rounding_takes_one_of_two_neighbours_and_is_right_in_the_mean",
+    ),
+    fault(
+        "every step draws the same bits",
+        "optimizers/_low_precision/module.py",
+        'step = self.param_groups[0]["num_updates"]',
+        "step = 0",
+        "test_low_precision.py::test_another_step_draws_other_bits",
+    ),
+    fault(
+        "an optimizer forgets the master too",
+        "optimizers/__init__.py",
+        "if key != MASTER",
+        "if key",
+        "test_low_precision.py::test_what_an_optimizer_forgets_is_no_master",
+    ),
+    fault(
+        "a loaded master is not taken",
+        "optimizers/_low_precision/module.py",
+        "if saved is not None and saved is not master:",
+        "if False:",
+        "test_low_precision.py::test_a_bf16_run_resumes_to_the_bit",
+    ),
+    fault(
+        "a master does not follow its parameter",
+        "optimizers/_low_precision/module.py",
+        "master.copy_(torch.where(same, master, parameter.float()))",
+        "master.copy_(torch.where(same, master, master))",
+        "test_low_precision.py::test_a_master_follows_what_is_done_to_its_parameter",
+    ),
+    fault(
+        "gradients add up in bf16",
+        "optimizers/_low_precision/__init__.py",
+        "parameter.grad_dtype = torch.float32",
+        "parameter.grad_dtype = torch.bfloat16",
+        "test_low_precision.py::test_small_gradients_of_many_micro_batches_add_up",
+    ),
+    fault(
+        "masters cost nothing",
+        "optimizers/_low_precision/__init__.py",
+        "return method.state_bytes(spec, options, 4) + 4 * spec.num_items",
+        "return method.state_bytes(spec, options, 4)",
+        "test_low_precision.py::test_bytes_are_those_of_the_closed_form",
+    ),
     # Optimizers and schedules.
     fault(
         "factors learn at the base rate",

@@ -273,7 +273,8 @@ def test_plan_command(capsys: pytest.CaptureFixture[str]):
 
 def test_plan_answers_in_one_way(capsys: pytest.CaptureFixture[str]):
     """The guard's layers are in the memory that the search is held to, and in the figures."""
-    policy = ("--train.recompute", "invert", "--train.precision", "bf16")
+    plain = ("--train.precision", "bf16", "--train.bf16-update", "plain")
+    policy = ("--train.recompute", "invert", *plain)
     words = ("plan", "llama-350m", "--memory-gib", "2.4", *policy, "--train.micro-batch-size", "16")
     found = run_json(capsys, *words)
     assert 0.99 * 2.4 * GIB < found["peak_bytes"] <= 2.4 * GIB

@@ -126,6 +126,18 @@ def test_random_bits_follow_from_seed_name_and_step():
     assert not torch.equal(*moved)
 
 
+def test_another_step_draws_other_bits():
+    """From the same weights, gradients and state."""
+    given, later = parameters(), parameters()
+    one, other = make(given, "stochastic"), make(later, "stochastic")
+    for group in other.param_groups:
+        group["num_updates"] = 5
+    stepped(one, 1.0)
+    stepped(other, 1.0)
+    assert not torch.equal(given["matrix"][1], later["matrix"][1])
+    assert torch.equal(given["norm"][1], later["norm"][1])
+
+
 def test_the_order_and_number_of_others_changes_no_bit():
     both, alone = parameters(), parameters()
     del alone["norm"]
