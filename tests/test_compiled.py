@@ -260,18 +260,24 @@ def test_compiled_bodies_equal_naive(name: str, dtype: torch.dtype):
 @pytest.mark.slow
 @needs_cxx
 def test_every_policy_with_bodies_compiled_by_torch():
-    """replay and block to the bit; invert as without."""
-    model = random_model(dataclasses.replace(tiny(num_layers=4), num_kv_heads=None))
+    """replay and block to the bit, invert as without. Against fp64 the gradients of this model (far
+    from its start, badly conditioned) are at most ten times as far off as the plain bodies', whose
+    exponential is more exact than that of torch's compiler (one body: ``FP32``, above)."""
+    config = dataclasses.replace(tiny(num_layers=4), num_kv_heads=None)
+    exact, model = step(random_model(config, "fp64"), NONE), random_model(config)
     plain = step(model, NONE)
     with compiled.compiled_everywhere():
         expected = step(model, NONE)
-        assert_same(expected, plain, units=300)
         for name in ("block", "replay", "replay-one-segment"):
-            loss, actual = step(model, PLANS[name])
-            assert torch.equal(loss, expected[0])
-            for key, gradient in expected[1].items():
-                assert torch.equal(actual[key], gradient), (name, key)
+            assert_same(step(model, PLANS[name]), expected)
         assert_same(step(model, PLANS["invert"]), expected, units=2000)
+    assert worst_error(expected, exact) < 10 * worst_error(plain, exact) < 1e-3
+
+
+def worst_error(actual: Any, exact: Any) -> float:
+    """Of the gradient of any matrix or norm."""
+    names = [name for name in exact[1] if not name.endswith(".beta")]
+    return max(error(actual[1][name], exact[1][name]) for name in names)
 
 
 def test_eager_refuses_fused_kernels():
