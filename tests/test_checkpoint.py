@@ -732,7 +732,8 @@ def test_round_trip(corpus: Path, tmp_path: Path, linear: str, tied: bool) -> No
     model = load_model(saved)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
     assert_same(dict(model.state_dict()), dict(built[0].state_dict()))
-    assert saved.config == override(config, model={"vocab_size": 300})
+    found = {"model": {"vocab_size": 300}, "train": {"precision": "fp32"}}
+    assert saved.config == override(config, **found)
     again = run(override(config, train={"steps": 6}), tmp_path / "run", resume=True)
     assert again.finished
 

@@ -225,6 +225,7 @@ def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_cost_shows_three_ways(capsys: pytest.CaptureFixture[str]):
     words = ("cost", "llama-130m", "--train.micro-batch-size", "8", "--device", "h100")
+    words += ("--train.precision", "fp32")
     rows = json.loads(output(capsys, *words, "--json"))["rows"]
     found = {row["term"]: row["value"] for row in rows if row["section"] == "seconds"}
     terms = ("products", "attention", "passes", "head", "optimizer", "total")

@@ -461,7 +461,6 @@ def test_gains_are_fp32_in_a_bf16_model():
         loss.backward()
 
 
-@pytest.mark.xfail(strict=True, reason="the kernel rounds the gain to the carry's dtype")
 @pytest.mark.parametrize("how", ["bf16", "bf16-mixed", "rebuilt"])
 def test_a_map_multiplies_its_carry_with_the_gain_in_fp32(how: str):
     """One rounding, of the product: with A = 0 the map is its carried part alone."""

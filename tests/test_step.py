@@ -334,7 +334,8 @@ def test_a_bf16_model_is_evaluated_as_its_fp32_copy(rows: Rows, changes: Any) ->
     now = dict(model.named_parameters())
     assert now.keys() == kept.keys()
     assert all(now[name] is kept[name] for name in kept)
-    assert {each.dtype for each in now.values()} == {torch.bfloat16}
+    narrow = {name for name, spec in model.spec.tensors.items() if spec.dtype == "model"}
+    assert {now[name].dtype for name in narrow} == {torch.bfloat16}
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.modules())
 
 
@@ -452,5 +453,6 @@ def test_a_run_on_the_cpu_asks_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("get_rng_state", "get_rng_state_all", "current_device"):
         monkeypatch.setattr(torch.cuda, name, asked)
-    state = snapshot(make_step(TINY, late=False).optimizer)
+    step = make_step(TINY, late=False)
+    state = snapshot(step.optimizer, step.model.spec)
     assert set(state) == {"optimizer", "torch_rng"}

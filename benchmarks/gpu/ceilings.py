@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crnet.kernels.loss import chunked_linear_cross_entropy
+from crnet.kernels.loss import linear_cross_entropy
 from gpu.adapters import loss_chunk
 from gpu.bench import Bench, Entry
 
@@ -116,7 +116,7 @@ def loss_chunks(bench: Bench) -> Iterator[Entry]:
         def chunked(exponent: int, x=x, weight=weight, targets=targets) -> None:
             with loss_chunk(1 << exponent):
                 rows_at_once = max(1, (1 << exponent) // weight.shape[0])
-                chunked_linear_cross_entropy(x, weight, targets, rows_at_once).backward()
+                linear_cross_entropy(x, weight, targets, rows_at_once).backward()
 
         def plain(x=x, weight=weight, targets=targets) -> None:
             logits = (x @ weight.T).float()

@@ -128,7 +128,7 @@ class CRNet(Parameterization):
         if not slot.layer_idx:
             return factors_work(slot, rows, item_bytes)
         carried = self.output_bytes(slot, options, item_bytes)
-        work = factors_work(slot, rows, item_bytes, carried)
+        work = factors_work(slot, rows, item_bytes, gain_bytes=4)
         return dataclasses.replace(work, **_carry_passes(slot, rows, item_bytes, carried))
 
     def reads(self, slot: Slot, options: CRNetOptions) -> Read | None:
