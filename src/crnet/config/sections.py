@@ -158,7 +158,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"
     """fp32; bf16-mixed: fp32 weights, bf16 products (autocast); bf16: weights too, only gains fp32;
     auto: bf16-mixed on a GPU, fp32 on a CPU."""
-    bf16_update: Bf16Update = "masters"
+    bf16_update: Bf16Update = "stochastic"
     """How bf16 weights take their updates. masters: fp32 copies and states of all (8 bytes more a
     parameter under adamw); vectors: of norms, biases and gains alone; stochastic: as vectors, and
     matrices rounded at random (no bytes more); plain: all to nearest, what starts at 1 stays."""
