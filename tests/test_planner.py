@@ -354,7 +354,8 @@ def test_the_binding_limit_is_named():
 
 
 def test_explain_shows_what_is_used_and_the_baselines():
-    config = override(presets.get("llama-1b"), train={"precision": "bf16", "recompute": "invert"})
+    train = {"precision": "bf16", "bf16_update": "plain", "recompute": "invert"}
+    config = override(presets.get("llama-1b"), train=train)
     found = find(config, Budget(parameters=582_441_057), RankProfile("flat"), 64)
     text = found.explain()
     assert "--parameters: 582.44M of 582.44M (100.0%)" in text

@@ -1,87 +1,98 @@
-"""Casts of weights that are kept for the micro-batches of a step."""
+"""Which precision a run has, and what it sets on its device."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from crnet.config.model_spec import model_spec
-from crnet.config.sections import ModelConfig
-from crnet.kernels.precision import cast, cast_weight, casts_kept
-from crnet.model.build import build
-from crnet.model.language_model import LanguageModel
-from crnet.recompute.plan import RecomputePlan
-from shapes import random_tokens
+from crnet.cli.app import main
+from crnet.config import presets
+from crnet.config.check import check
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import override
+from crnet.errors import ConfigError
+from crnet.model import device
+from crnet.storage import checkpoint
+from test_train import run, tiny
 
-MODEL = ModelConfig(
-    hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2, vocab_size=31, rank="4"
+
+def test_auto_is_fp32_on_a_cpu_and_is_written_down(corpus: Path, tmp_path: Path):
+    config = tiny(corpus, train={"steps": 1})
+    assert config.train.precision == "auto"
+    run(config, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["config"]["train"]["precision"] == "fp32"
+    saved = checkpoint.newest(tmp_path / "run")
+    assert saved is not None
+    assert saved.config.train.precision == "fp32"
+
+
+def test_auto_is_mixed_on_a_gpu():
+    config = device.with_precision(RunConfig(), torch.device("cuda"))
+    assert config.train.precision == "bf16-mixed"
+    chosen = override(RunConfig(), train={"precision": "bf16"})
+    assert device.with_precision(chosen, torch.device("cuda")) == chosen
+
+
+def test_every_preset_leaves_the_precision_to_the_device():
+    assert {recipe.train.precision for _, recipe in presets.PRESETS.values()} == {"auto"}
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], "fp32"),
+        (["--device", "h100"], "bf16-mixed"),
+        (["--device", "cpu"], "fp32"),
+        (["--device", "h100", "--train.precision", "bf16"], "bf16"),
+        (["--train.device", "cuda"], "bf16-mixed"),
+    ],
 )
+def test_cost_says_which_precision_it_took(
+    words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as ended:
+        main(["cost", "llama-60m", "--json", *words])
+    assert not ended.value.code
+    titles = json.loads(capsys.readouterr().out)["titles"]
+    assert titles["state"] == f"state, GiB; {wanted}"
 
 
-class Casts(TorchDispatchMode):
-    """Counts copies of matrices to bf16."""
-
-    def __init__(self, shapes: set[torch.Size]):
-        super().__init__()
-        self.shapes, self.count = shapes, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._to_copy.default and args[0].shape in self.shapes:
-            self.count += (kwargs or {}).get("dtype") == torch.bfloat16
-        return func(*args, **(kwargs or {}))
+def test_a_choice_without_effect_is_refused():
+    config = override(RunConfig(), train={"precision": "bf16-mixed", "bf16_update": "plain"})
+    with pytest.raises(ConfigError, match=r"^--train\.bf16-update plain has no effect"):
+        check(config)
 
 
-def accumulate(model: LanguageModel) -> dict[str, Tensor]:
-    """Gradients of two micro-batches under autocast."""
-    model.zero_grad()
-    for seed in (3, 5):
-        tokens, targets = random_tokens(2, 9, seed=seed), random_tokens(2, 9, seed=seed + 6)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, _ = model(tokens, targets)
-        loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
+def test_a_cpu_without_bf16_products_is_told_once(
+    precision: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    config = override(RunConfig(), train={"precision": precision})
+    for has_fast in (False, True):
+        monkeypatch.setattr(device, "has_fast_bf16", lambda has_fast=has_fast: has_fast)
+        device.prepare_device(config, torch.device("cpu"))
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (precision != "fp32" and not has_fast)
+        assert all("--train.precision fp32" in line for line in lines)
 
 
-def test_each_weight_is_cast_once_and_gradients_keep_every_bit():
-    model = build(model_spec(MODEL), seed=1)
-    blocks = [p for block in model.model.blocks() for p in block.parameters() if p.dim() == 2]
-    shapes = {p.shape for p in blocks}
-    with Casts(shapes) as casts:
-        expected = accumulate(model)
-    assert casts.count == 2 * len(blocks)
-    with Casts(shapes) as casts, model.fixed_weights():
-        actual = accumulate(model)
-    assert casts.count == len(blocks)
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(grad, expected[name]) for name, grad in actual.items())
-    assert all(grad.dtype == torch.float32 for grad in actual.values())
-
-
-def test_a_recomputation_keeps_no_casts():
-    model = build(model_spec(MODEL), seed=1)
-    model.recompute(RecomputePlan("block"))
-    with model.fixed_weights():
-        weight = torch.nn.Parameter(torch.ones(2, 2))
-        assert cast_weight(weight, torch.bfloat16) is not cast_weight(weight, torch.bfloat16)
-
-
-def test_casts_of_other_steps_and_of_activations_are_new():
-    weight = torch.nn.Parameter(torch.ones(2, 2))
-    with casts_kept():
-        first = cast_weight(weight, torch.bfloat16)
-        assert cast_weight(weight, torch.bfloat16) is first
-        activation = torch.ones(2, 2)
-        assert cast_weight(activation, torch.bfloat16) is not cast_weight(
-            activation, torch.bfloat16
-        )
-    with torch.no_grad():
-        weight.mul_(3)
-    with casts_kept():
-        assert torch.equal(cast_weight(weight, torch.bfloat16), torch.full((2, 2), 3).bfloat16())
-
-
-def test_a_weight_in_the_compute_dtype_is_itself():
-    x, weight = torch.ones(2), torch.nn.Parameter(torch.ones(2, 2))
-    with casts_kept():
-        assert cast(x, weight)[1] is weight
+@pytest.mark.parametrize(("tf32", "wanted"), [(True, "high"), (False, "highest")])
+def test_a_gpu_takes_tf32_where_it_may(tf32: bool, wanted: str):
+    """torch's switches can be set without a GPU; a CPU run sets none."""
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision(), matmul.allow_bf16_reduced_precision_reduction
+    config = override(RunConfig(), train={"tf32": tf32, "precision": "fp32"})
+    try:
+        device.prepare_device(config, torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == before[0]
+        device.prepare_device(config, torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == wanted
+        assert not matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        matmul.allow_bf16_reduced_precision_reduction = before[1]
