@@ -329,7 +329,8 @@ def _recompute_problems(spec: ModelSpec, train: TrainConfig) -> list[str]:
 
 def _layer_problems(spec: ModelSpec, train: TrainConfig) -> list[str]:
     try:
-        layers = parse_layers(train.recompute_layers or "every-8", spec.num_layers)
+        given = train.recompute_layers
+        layers = parse_layers("every-8" if given is None else given, spec.num_layers)
     except ValueError as error:
         return [str(error)]
     if train.recompute == "invert" and 1 in layers:
