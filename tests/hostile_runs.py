@@ -17,7 +17,17 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from hostile_bench import TABLE, TINY, Attempt, Bench, Unexpected, attempt, contents, untouched
+from hostile_bench import (
+    TABLE,
+    TINY,
+    Attempt,
+    Bench,
+    Unexpected,
+    attempt,
+    contents,
+    last_wins,
+    untouched,
+)
 
 # Standard output and error
 
@@ -131,7 +141,7 @@ def _(bench: Bench) -> None:
 def _(bench: Bench) -> None:
     """The terminal closes while a run goes on: the run is finished, or saved, and goes on."""
     ours, theirs = pty.openpty()
-    words = [*bench.tiny("run"), "--train.steps=40"]
+    words = last_wins([*bench.tiny("run"), "--train.steps=400", "--train.eval-every-steps=0"])
     process = subprocess.Popen(
         [sys.executable, "-m", "crnet", *words],
         stdin=subprocess.DEVNULL,
@@ -146,7 +156,10 @@ def _(bench: Bench) -> None:
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text().count("loss") > 2) and time.monotonic() < deadline:
         if select.select([ours], [], [], 0.01)[0]:
-            os.read(ours, 4096)
+            with contextlib.suppress(OSError):  # it has ended already
+                os.read(ours, 4096)
+        if process.poll() is not None:
+            break
     os.close(ours)
     code = process.wait(timeout=60)
     if code not in (0, 2):
