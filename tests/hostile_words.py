@@ -348,8 +348,10 @@ def _(bench: Bench) -> None:
 
 @attempt("words", "one problem or all of them, each once")
 def _(bench: Bench) -> None:
-    done = bench.call(*bench.tiny(), "--train.steps=-1", "--optimizer.lr=nan", "--model.rank=x")
-    done.refused("--train.steps is -1", "--optimizer.lr is nan", "'x'")
+    done = bench.call(*bench.tiny(), "--train.steps=-1", "--optimizer.lr=nan", "--data.source=")
+    done.refused("--train.steps is -1", "--optimizer.lr is nan")
+    if done.err.count("lr is nan") != 1:
+        raise Unexpected(f"said more than once: {done.err}")
 
 
 @attempt("words", "plugins that are none")

@@ -55,7 +55,14 @@ def cost(
     if plot is not None:
         from crnet.report import cost_plot
 
-        for file in cost_plot.plot(run_config, plot):
+        try:
+            drawn = cost_plot.plot(run_config, plot)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(
+                f"--plot {plot}: cannot be written ({reason}); make room, or name another file"
+            ) from error
+        for file in drawn:
             print(f"picture {file}", file=sys.stderr)
 
 

@@ -26,6 +26,8 @@ def steady() -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # a problem has been told already
+            sys.stdout.flush()
         sys.stdout, sys.stderr = was
 
 

@@ -76,6 +76,7 @@ _ZERO_OR_MORE = {
     "optimizer": ("weight_decay", "clip_norm"),
 }
 _WIDEST, _LONGEST = 2**24, 2**63 - 1  # of a tensor; what 64 bits hold
+_FP32 = 2.0**128
 _MOST: dict[str, dict[str, int]] = {
     "model": {
         **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), _WIDEST),
@@ -128,8 +129,8 @@ def _option_problems(config: RunConfig) -> Iterator[str]:
                 continue
             for key, value in vars(options).items():
                 flag = f"--{section}.{field.name}.{key}".replace("_", "-")
-                if isinstance(value, float) and not math.isfinite(value):
-                    yield f"{flag} is {value}; it must be finite"
+                if isinstance(value, float) and not abs(value) < _FP32:
+                    yield f"{flag} is {value}; it must be finite, in fp32 too"
                 elif isinstance(value, int) and abs(value) >= 2**31:
                     yield f"{flag} is {value}; it must be {2**31 - 1} or less"
 
@@ -328,7 +329,8 @@ def _recompute_problems(spec: ModelSpec, train: TrainConfig) -> list[str]:
 
 def _layer_problems(spec: ModelSpec, train: TrainConfig) -> list[str]:
     try:
-        layers = parse_layers(train.recompute_layers or "every-8", spec.num_layers)
+        given = train.recompute_layers
+        layers = parse_layers("every-8" if given is None else given, spec.num_layers)
     except ValueError as error:
         return [str(error)]
     if train.recompute == "invert" and 1 in layers:

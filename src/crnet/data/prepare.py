@@ -122,7 +122,7 @@ def _key(data: DataConfig, identity: list[list[Any]], shard_tokens: int) -> str:
 
 
 def _find(folder: Path) -> Prepared | None:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # no where a name is too long
         return None
     try:
         return open_prepared(folder)

@@ -38,6 +38,8 @@ FORMAT = 2
 _META, _VERIFIED = "meta.json", "verified.json"
 _SHOWN_BYTES = 1 << 30  # hashing less takes no time that a user would wonder about
 
+_SUMMED = ("tokens", "documents")
+
 IdType = Literal["uint16", "uint32"]
 
 
@@ -156,6 +158,10 @@ def open_prepared(folder: Path) -> Prepared:
         raise ConfigError(f"{folder / _META}: {problem}" for problem in error.problems) from error
     if prepared.parts.keys() != {"train", "validation"}:
         raise ConfigError(f"{folder / _META}: wanted are the parts train and validation")
+    for split, part in prepared.parts.items():
+        summed = [sum(getattr(shard, key) for shard in part.shards) for key in _SUMMED]
+        if summed != [part.tokens, part.documents]:
+            raise ConfigError(f"{folder / _META}: what it says of {split} does not agree")
     for path, size in _sizes(prepared).items():
         if path.name not in prepared.files or prepared.files[path.name].bytes != size:
             raise ConfigError(
