@@ -78,6 +78,7 @@ ONE_LINE: dict[str, Changes] = {
 """Beginning of a line -> what else is changed."""
 NOT_RUN = {
     "pip install -c constraints.txt .": "takes packages from the network; `make` says the same",
+    "pip install triton": "takes a package from the network",
     "make clean": "removes the environment that runs the tests",
     "make golden": "writes the golden losses anew; tests/test_golden.py runs what it calls",
     "make check": "is lint, types and test",

@@ -269,8 +269,12 @@ def entire(tensors: dict[str, Any]) -> dict[str, Tensor]:
     flat = torch.cat([shard.reshape(-1) for shard in shards.values()])
     of_ranks: list[Any] = [None] * RANKS
     dist.all_gather_object(of_ranks, (flat, [shard.shape for shard in shards.values()]))
+    dtypes = [shard.dtype for shard in shards.values()]  # cat has taken the widest
     parts = [
-        [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+        [
+            part.view(shape).to(dtype)
+            for part, shape, dtype in zip(flat.split(sizes), shapes, dtypes, strict=True)
+        ]
         for flat, shapes in of_ranks
         for sizes in [[shape.numel() for shape in shapes]]
     ]

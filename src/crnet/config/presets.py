@@ -67,7 +67,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     ),
     "llama-13b": (
         "table 9, 13B; recomputes (5.1); one 80 GB device needs --train.precision bf16",
-        _published("llama-13b", (5120, 13653, 40, 40), 200_000, 1e-3, 32, "replay"),
+        _published("llama-13b", (5120, 13653, 40, 40), 200_000, 1e-3, 16, "replay"),
     ),
     "llama-70b": (
         "table 21, 70B; f = 8/3 h as the paper assumes, r = h/4; steps as for 13B; fits no device",
