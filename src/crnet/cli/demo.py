@@ -38,7 +38,7 @@ def demo(
     """
     from crnet.compare import demo as demonstration
 
-    config = presets.get(DEFAULT_PRESET)
+    config = demonstration.short(presets.get(DEFAULT_PRESET))
     config = demonstration.quick(config) if quick else config
     config = override(config, train={"steps": steps}) if steps is not None else config
     chosen = sides or demonstration.SIDES
