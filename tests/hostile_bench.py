@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import resource
@@ -275,7 +276,8 @@ def last_wins(words: list[str]) -> list[str]:
     kept: list[str] = []
     at = 0
     while at < len(words):
-        if words[at] in TINY and words[at].startswith("--") and words[at] in flags[at + 1 :]:
+        given = (*TINY, "--out", "--data.source")
+        if words[at] in given and words[at].startswith("--") and words[at] in flags[at + 1 :]:
             at += 2
         else:
             kept.append(words[at])
@@ -384,6 +386,9 @@ def serve() -> None:
 
     for name in crnet.cli.app.COMMANDS:
         crnet.cli.app.command(name)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for words in (["train", "--train.steps=x"], ["train", "--train.steps=-1"], ["list"]):
+            _main(words)  # what is imported, or kept, when a command is parsed or refused
     ended: dict[int, int] = {}
     for line in sys.stdin:
         question = json.loads(line)
@@ -436,7 +441,7 @@ def _child(order: dict[str, Any]) -> None:
             os.dup2(os.open(path, flags), number)
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+        sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         for name, size in order["limits"].items():
             size += mapped if name == "RLIMIT_AS" else 0

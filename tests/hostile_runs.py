@@ -185,7 +185,8 @@ def try_locale(name: str, bench: Bench) -> None:
     words = ["generate", run, "--prompt", "Žluťoučký kůň — 漢字 🙂", "--max-tokens", "20"]
     bench.program(*words, env=env).ends(0)
     bench.program("list", env=env).ends(0)
-    bench.program("train", "--model.linear", "čert", env=env).ends(2, "crnet: ")
+    said = () if name == "utf-16" else ("crnet: ", "ert")
+    bench.program("train", "--model.linear", "čert", env=env).ends(2, *said)
     bench.program("evaluate", run, "--json", env=env).ends(0)
 
 
@@ -198,7 +199,7 @@ def _(bench: Bench) -> None:
     run = bench.trained()
     bench.call("generate", run, "--prompt", "a\udcff").refused("prompt", "UTF-8")
     bench.call("generate", run, "--prompt", "\udced\udca0\udc80").refused("prompt", "UTF-8")
-    bench.call("generate", run, "--prompt", "x" * 100_000, "--max-tokens", "1").ends((0, 2))
+    bench.call("generate", run, "--prompt", "x" * 4_000, "--max-tokens", "1").ends((0, 2))
 
 
 # Paths
@@ -266,7 +267,7 @@ def _(bench: Bench) -> None:
         ):
             done = bench.call(*words)
             if not (done.code == 0 and "x/x" in name):
-                done.refused("crnet: ")
+                done.ends(2, "crnet: ")
         shutil.rmtree(bench.folder / name.split("/")[0], ignore_errors=True)
 
 
@@ -278,7 +279,7 @@ def _(bench: Bench) -> None:
     with untouched(bench.folder):
         for name in ("file", "file/run", "circle", "circle/run", "/proc/run", "/dev/null/run"):
             bench.call(*bench.tiny(name)).refused("crnet: ")
-            bench.call("cost", *SMALL.split(), "--plot", f"{name}/x").refused("crnet: ")
+            bench.call("cost", *SMALL.split(), "--plot", f"{name}/x").ends(2, "--plot")
     bench.call(*bench.tiny("gone/run")).ends((0, 2))
 
 
@@ -293,10 +294,9 @@ def _(bench: Bench) -> None:
 
 @attempt("paths", "the working folder is gone")
 def _(bench: Bench) -> None:
-    (bench.folder / "here").mkdir()
-    script = 'cd here && rmdir "$PWD";'
-    bench.program("list", before=script).ends(0)
-    bench.program(*bench.tiny("run"), before=script).ends(2, "crnet: ")
+    script = 'mkdir here && cd here && rmdir "$PWD";'
+    bench.program("list", before=script).ends(2, "crnet: ", "gone")
+    bench.program(*bench.tiny("run"), before=script).ends(2, "crnet: ", "gone")
 
 
 # Disk

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import signal
 import typing
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -65,11 +66,11 @@ def try_number(words: Callable[[Bench], list[Any]], flag: str, whole: bool, benc
             or (whole and not value.lstrip("-").isdigit())
             or done.code == 2
         ):
-            done.refused(name)
+            done.refused(name if not math.isfinite(float(value)) else name.rpartition(".")[0])
         elif done.code == 1:
             done.ends(1, "crnet: ")
-        else:
-            done.ends(0)
+        else:  # a profile of rounds without number goes on until it is asked to end
+            done.ends((0, -signal.SIGTERM) if flag == "--rounds" else 0)
 
 
 def training(flag: str, bench: Bench) -> list[Any]:

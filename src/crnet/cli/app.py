@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -112,6 +113,7 @@ def _code_of(argv: list[str] | None) -> int:
     """Run the command line and say how it ended. Raises only what is a mistake of ours."""
     try:
         with _standard_output():
+            _check_folder()
             if argv is None:
                 environment.tune(sys.argv[1:])
             from crnet.registry import load_plugins
@@ -138,6 +140,14 @@ def _code_of(argv: list[str] | None) -> int:
         print(f"crnet: {_out_of_memory(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_folder() -> None:
+    """Raise ``ConfigError`` where the working folder is gone: libraries end the process then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError("the working folder is gone; change to another one") from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Annotated
 
@@ -35,11 +36,13 @@ def generate(
 
     saved = resolve(checkpoint)
     model = load_model(saved, pick_device(device))
+    prompt = _as_given(prompt)
+    pieces = generation.complete(model, load_tokenizer(saved), prompt, sampling)  # checks it
     if not as_json:
         print(prompt, end="", flush=True)
     start_s = time.perf_counter()
     text = ""
-    for piece in generation.complete(model, load_tokenizer(saved), prompt, sampling):
+    for piece in pieces:
         text += piece
         if not as_json:
             print(piece, end="", flush=True)
@@ -48,6 +51,14 @@ def generate(
         return
     elapsed_s = time.perf_counter() - start_s
     print_json({"prompt": prompt, "text": text, "elapsed_s": elapsed_s})
+
+
+def _as_given(prompt: str) -> str:
+    """The prompt where the locale knows no UTF-8, but the words of the command line are in it."""
+    try:
+        return os.fsencode(prompt).decode()
+    except UnicodeError:  # it is said where the prompt is encoded
+        return prompt
 
 
 COMMAND = Command(generate)

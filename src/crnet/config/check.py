@@ -26,6 +26,9 @@ from crnet.recompute.plan import parse_layers
 from crnet.schedules import Steps
 from crnet.specs import Slot
 
+# Without these, no method can be asked.
+_FIRST = ("--model.", "--optimizer.", "--data.vocab-size")
+
 
 def check(config: RunConfig) -> None:
     """Raise one ``ConfigError`` with every problem that the words of the configuration show.
@@ -37,7 +40,7 @@ def check(config: RunConfig) -> None:
     if model.hidden_size <= _WIDEST:  # of a larger one, not every divisor can be tried
         problems += _head_problems(model)
     problems += _name_problems(model, optimizer)
-    if not any(problem.startswith(("--model.", "--optimizer.")) for problem in problems):
+    if not any(problem.startswith(_FIRST) for problem in problems):
         problems += _method_problems(config)
     if _positive(train.batch_size, train.micro_batch_size) and (
         train.batch_size % min(train.micro_batch_size or train.batch_size, train.batch_size)

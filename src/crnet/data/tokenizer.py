@@ -147,11 +147,11 @@ def load(spec: str) -> Tokenizer:
     Cost: up to a second; a Hugging Face name imports ``transformers``, several seconds.
     """
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # os.path, which answers no where a name is too long
         if (path / _JSON).is_file() or (path / _PIECES).is_file():
             return load_saved(path)
         return _from_transformers(str(path))
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix == ".model":
             return Tokenizer(_SentencePiece(_content(path), spec), spec)
         names = _special_names(path.parent / _SPECIALS) if path.name == _JSON else {}
@@ -218,7 +218,7 @@ def fingerprint(spec: str) -> str:
         ConfigError: a file cannot be read.
     """
     path = Path(spec).expanduser()
-    if spec == "train" or not path.exists():
+    if spec == "train" or not os.path.exists(path):
         return spec
     files = [path, path.parent / _SPECIALS]
     if path.is_dir():

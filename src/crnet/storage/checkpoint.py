@@ -97,10 +97,12 @@ class Checkpoint:
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight by name, on the CPU, in the dtype it was saved in."""
+        path = self.folder / WEIGHTS
         try:
-            return safetensors.torch.load_file(self.folder / WEIGHTS)
-        except SafetensorError as error:
-            raise ConfigError(f"{self.folder / WEIGHTS}: cannot be read ({error})") from error
+            os.fspath(path).encode()
+        except UnicodeEncodeError:  # a name that is no UTF-8, which the library cannot map
+            return _loaded(lambda: safetensors.torch.load(path.read_bytes()), path)
+        return _loaded(lambda: safetensors.torch.load_file(path), path)
 
     def state(self) -> dict[str, Any]:
         """Optimizer and random states, on the CPU. Raises ``ConfigError`` where it is damaged."""
@@ -115,6 +117,13 @@ class Checkpoint:
         if not isinstance(found, dict):
             raise ConfigError(f"{path}: altered (it holds a {type(found).__name__})")
         return found
+
+
+def _loaded(load: Callable[[], dict[str, Tensor]], path: Path) -> dict[str, Tensor]:
+    try:
+        return load()
+    except SafetensorError as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
 
 
 def save(run_dir: Path, contents: Contents, keep: int) -> Path:
