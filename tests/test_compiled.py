@@ -110,10 +110,14 @@ def test_every_block_is_compiled_after_an_evaluation(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(one_of_every_method()))
-def test_every_method_shares_graphs(name: str):
-    """No method makes a graph of its own for each block: there are at most a first, one between and
-    a last. A stream that hands all earlier outputs on has a state of its own at every block."""
+@pytest.mark.parametrize(
+    "name",
+    ["crnet-llama-residual", "full-llama-residual", "lax-llama-residual", "crnet-llama-attnres"],
+)
+def test_methods_share_graphs(name: str):
+    """Of maps with a carry, without one, with a bottleneck handed on, and of a stream with weights
+    (tracing takes 20 s each): no block has a graph of its own. There are at most a first, one
+    between and a last. A stream that hands all earlier outputs on has a state of its own at every block."""
     config = one_of_every_method(num_layers=4)[name]
     model = make(config)
     counter = counted(model, NONE)
