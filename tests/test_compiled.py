@@ -117,7 +117,8 @@ def test_every_block_is_compiled_after_an_evaluation(
 def test_methods_share_graphs(name: str):
     """Of maps with a carry, without one, with a bottleneck handed on, and of a stream with weights
     (tracing takes 20 s each): no block has a graph of its own. There are at most a first, one
-    between and a last. A stream that hands all earlier outputs on has a state of its own at every block."""
+    between and a last. A stream that hands all earlier outputs on has a state of its own at every
+    block."""
     config = one_of_every_method(num_layers=4)[name]
     model = make(config)
     counter = counted(model, NONE)
