@@ -338,3 +338,12 @@ def test_too_many_ranks_are_not_listed(text: str) -> None:
 def test_a_number_that_nothing_can_hold(section: str, key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"--{section}.{key.replace('_', '-')} is"):
         check(override(RunConfig(), **{section: {key: value}}))
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../x", "/x", "a/../../x", "a\0b"])
+def test_a_name_that_leads_out_of_a_folder(name: str, tmp_path: Path) -> None:
+    from crnet.storage import checkpoint
+
+    (tmp_path / "checksums.json").write_text(json.dumps({name: {"bytes": 1, "sha256": ""}}))
+    with pytest.raises(ConfigError, match=r"checksums.json: altered .* not the name of a file"):
+        checkpoint.load(tmp_path)

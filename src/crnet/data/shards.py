@@ -31,6 +31,7 @@ from tqdm import tqdm
 from crnet.config.serialize import build, read_json, to_dict
 from crnet.data.tokenizer import Tokenizer, load_saved
 from crnet.errors import ConfigError
+from crnet.storage.files import is_name
 
 FORMAT = 2
 """Version of the layout; part of a folder's name, so a new one never reads an old folder."""
@@ -185,7 +186,7 @@ def _sizes(prepared: Prepared) -> dict[Path, int]:
 def _check_files(prepared: Prepared) -> None:
     folder, files = prepared.folder, prepared.files
     for name, wanted in files.items():
-        if Path(name).name != name:
+        if not is_name(name):
             raise ConfigError(f"{folder / _META}: {name!r} is not the name of a file beside it")
         path = folder / name
         actual = path.stat().st_size if path.is_file() else None

@@ -35,7 +35,7 @@ from torch import Tensor
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import from_dict, read_json, to_dict
 from crnet.errors import ConfigError
-from crnet.storage.files import UNFINISHED, sha256, sync, write_json
+from crnet.storage.files import UNFINISHED, is_name, sha256, sync, write_json
 
 FORMAT = 1
 WEIGHTS, STATE, DESCRIPTION, CHECKSUMS = (
@@ -302,7 +302,7 @@ def load(folder: Path, *, with_state: bool = True) -> Checkpoint:
 def _verify(folder: Path, with_state: bool) -> None:
     sums = read_json(folder / CHECKSUMS)
     for name, wanted in sums.items():
-        if Path(name).name != name or "\0" in name:
+        if not is_name(name):
             raise ConfigError(
                 f"{folder / CHECKSUMS}: altered ({name!r} is not the name of a file beside it)"
             )

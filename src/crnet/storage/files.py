@@ -66,6 +66,11 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def is_name(word: str) -> bool:
+    """Whether a word names a file of a folder, and nothing above or below it."""
+    return word not in ("", ".", "..") and not {"/", "\0"} & set(word)
+
+
 def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
