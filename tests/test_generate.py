@@ -379,6 +379,7 @@ def test_low_precision_models_generate():
     ("options", "message"),
     [
         ({"max_tokens": 0}, "--max-tokens is 0; it must be at least 1"),
+        ({"max_tokens": 2**31}, "--max-tokens is 2147483648; it must be below 2**31"),
         ({"temperature": 0.0}, "--temperature is 0; use --greedy"),
         ({"temperature": -1.0}, "--temperature is -1.0; it must be above zero"),
         ({"temperature": math.nan}, "--temperature is nan; it must be above zero"),

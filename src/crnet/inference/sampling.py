@@ -40,8 +40,10 @@ def check_sampling(sampling: Sampling) -> None:
 def sampling_problems(sampling: Sampling) -> list[str]:
     """What is wrong with the options, one sentence each."""
     problems = []
-    if not 1 <= sampling.max_tokens < 2**31:
-        problems.append(f"--max-tokens is {sampling.max_tokens}; it must lie in [1, 2**31)")
+    if sampling.max_tokens < 1:
+        problems.append(f"--max-tokens is {sampling.max_tokens}; it must be at least 1")
+    if sampling.max_tokens >= 2**31:
+        problems.append(f"--max-tokens is {sampling.max_tokens}; it must be below 2**31")
     if sampling.temperature == 0:
         problems.append("--temperature is 0; use --greedy to take the likeliest token always")
     elif not (sampling.temperature > 0 and math.isfinite(sampling.temperature)):
