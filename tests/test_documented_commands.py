@@ -65,6 +65,11 @@ SHORT: dict[str, Changes] = {
 """By command. What costs nothing is run as it stands."""
 RESUMED: Changes = {"--train.steps": "3"}
 ONE_LINE: dict[str, Changes] = {
+    "crnet train llama-60m --data.source allenai/c4": {
+        "--data.subset": None,
+        "--data.tokenizer": None,
+        "--data.max-documents": "100",
+    },
     # A corpus from the network; and ranks that fit their shape.
     "crnet train llama-130m --model.rank 192x3,224x8": {
         "--data.subset": None,

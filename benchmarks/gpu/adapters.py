@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 
 from crnet.cost.workload import Workload
-from crnet.kernels import loss, loss_chunks
+from crnet.kernels import loss_chunks
 from crnet.model.language_model import LanguageModel
 from crnet.recompute.plan import RecomputePlan
 
@@ -32,17 +32,16 @@ def kernels(mode: str) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def loss_chunk(num_items: int) -> Iterator[None]:
-    """Meanwhile the chunked loss holds so many logits at once, and takes every case."""
-    modules = [each for each in (loss, loss_chunks) if hasattr(each, "LOSS_CHUNK_ITEMS")]
-    before = [each.LOSS_CHUNK_ITEMS for each in modules]
-    for each in modules:
-        each.LOSS_CHUNK_ITEMS = num_items
+    """Meanwhile the loss holds so many logits at once."""
+    names = ("CPU_ROWS", "CPU_ITEMS", "CUDA_ITEMS")
+    before = [getattr(loss_chunks, name) for name in names]
+    for name in names:
+        setattr(loss_chunks, name, num_items)
     try:
-        with loss.chunked_everywhere():
-            yield
+        yield
     finally:
-        for each, was in zip(modules, before, strict=True):
-            each.LOSS_CHUNK_ITEMS = was
+        for name, was in zip(names, before, strict=True):
+            setattr(loss_chunks, name, was)
 
 
 def compile_blocks(model: LanguageModel, backend: str = "inductor") -> None:
