@@ -38,9 +38,8 @@ def test_an_unknown_side_is_refused(tmp_path: Path) -> None:
 
 
 def test_where_the_values_come_from_is_said() -> None:
-    assert "not swept on this corpus" in demo.tuning(0)
-    assert "(1 seed)" in demo.tuning(1)
-    assert "best of a sweep on this corpus (3 seeds)" in demo.tuning(3)
+    assert demo.tuning(["lowrank"]).endswith("The preset's, not swept: lowrank.")
+    assert "on this corpus: crnet (1 seed), full (1 seed)." in demo.tuning(["crnet", "full"])
 
 
 @pytest.mark.slow
@@ -60,4 +59,4 @@ def test_three_sides(tmp_path: Path) -> None:
         assert row["step_s"] * row["tokens_per_s"] == pytest.approx(tokens)
     text = demo.table(figures)
     assert text.count(f"{demo.TUNED['full'].lr:.2g}") >= 1
-    assert demo.tuning(demo.TUNING_SEEDS) in text
+    assert demo.tuning(list(figures["rows"])) in text
