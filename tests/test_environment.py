@@ -230,6 +230,7 @@ def test_the_flag_is_taken_from_the_words(words: str, kept: str) -> None:
     assert take_flag(words.split()) == kept.split()
 
 
+@pytest.mark.slow
 @few_cores
 def test_a_run_says_what_was_set_and_has_the_same_numbers(corpus: Path, tmp_path: Path) -> None:
     """Bit for bit: the environment is a matter of time alone."""

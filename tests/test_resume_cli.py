@@ -70,6 +70,7 @@ def test_auto_without_out_takes_the_newest_run_or_begins_one(
     assert len(list((tmp_path / "crnet-runs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_auto_after_kill_9_is_the_uninterrupted_run(corpus: Path, tmp_path: Path) -> None:
     """Killed before the first checkpoint, and after one; weights and rows to the bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
