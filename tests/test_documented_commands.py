@@ -19,15 +19,10 @@ from pathlib import Path
 import pytest
 
 from crnet.cli.app import COMMANDS
+from test_programs import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = sorted(
-    path
-    for folder in ("benchmarks", "runs")
-    for path in (ROOT / folder).rglob("*.py")
-    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")  # else a part of one
-)
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 Changes = dict[str, str | None]

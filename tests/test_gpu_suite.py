@@ -125,6 +125,7 @@ def test_the_dry_run_takes_every_section_to_its_end(tmp_path: Path):
     for side in sections["eager"]["tiny, eager kernels"].values():
         assert side["tokens_per_s"] > 0
         assert side["predicted_peak_bytes"] > 0
+        assert side["predicted_ms"] > 0
     assert sections["peers"]["plain"]["plain"]["ms"] > 0
     assert sections["kernels"]["tiny, eager kernels"]["kernels"]
     files = {path.name for path in (tmp_path / "out").iterdir()}

@@ -1,14 +1,14 @@
-"""Where the suite meets kernels and costs that may not be there: one function each."""
+"""What the suite switches in the package, and what it asks the cost model."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 
+from crnet.cost import hardware
+from crnet.cost.clock import step_seconds
 from crnet.cost.workload import Workload
-from crnet.kernels import loss_chunks
-from crnet.model.language_model import LanguageModel
+from crnet.kernels import compiled, loss_chunks
 from crnet.recompute.plan import RecomputePlan
 
 KERNELS = ("eager", "auto")
@@ -16,16 +16,11 @@ KERNELS = ("eager", "auto")
 
 
 @contextlib.contextmanager
-def kernels(mode: str) -> Iterator[bool]:
-    """Meanwhile maps, norms and activations take that mode; False where there is only ``eager``."""
-    try:
-        from crnet.kernels import compiled  # type: ignore[attr-defined]
-    except ImportError:
-        yield mode == "eager"
-        return
+def kernels(mode: str) -> Iterator[None]:
+    """Meanwhile maps, norms and activations take that mode."""
     compiled.choose(mode)
     try:
-        yield True
+        yield
     finally:
         compiled.choose("auto")
 
@@ -44,21 +39,7 @@ def loss_chunk(num_items: int) -> Iterator[None]:
             setattr(loss_chunks, name, was)
 
 
-def compile_blocks(model: LanguageModel, backend: str = "inductor") -> None:
-    """Every block by torch's compiler, as a run has it."""
-    if "backend" in inspect.signature(model.compile_blocks).parameters:
-        model.compile_blocks(backend=backend)  # type: ignore[call-arg]
-        return
-    for block in model.model.blocks():
-        block.compile(backend=backend)
-
-
-def predicted_ms(work: Workload, plan: RecomputePlan, device: str) -> float | None:
-    """What the cost model says of a step on a device by name; None where it says nothing."""
-    try:
-        from crnet.cost import hardware
-
-        seconds = hardware.step_seconds(work, plan, hardware.device(device))
-        return 1e3 * seconds["total"]
-    except (ImportError, AttributeError, KeyError, TypeError, ValueError):
-        return None
+def predicted_ms(work: Workload, plan: RecomputePlan, device: str, mode: str) -> float:
+    """What the cost model says of a step on a device by name, with kernels of that mode."""
+    way = "eager" if mode == "eager" else "fused"
+    return 1e3 * step_seconds(work, plan, hardware.device(device))[f"{way}: total"]

@@ -84,12 +84,11 @@ def top_kernels(bench: Bench) -> Iterator[Entry]:
     share of the time in which none does."""
     size = "tiny" if bench.tiny else "350m"
     for mode in KERNELS:
-        with kernels(mode) as is_there:
-            if is_there:
-                work, run = made(bench, size, "crnet")
-                yield f"{size}, {mode} kernels", _profiled(bench, run, work.spec.num_layers)
-                del work, run
-                bench.free()
+        with kernels(mode):
+            work, run = made(bench, size, "crnet")
+            yield f"{size}, {mode} kernels", _profiled(bench, run, work.spec.num_layers)
+            del work, run
+            bench.free()
 
 
 def _profiled(bench: Bench, run: Any, num_layers: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from crnet.config.model_spec import ModelSpec
 from crnet.recompute.plan import RecomputePlan
 from gpu import models
-from gpu.adapters import KERNELS, compile_blocks, kernels, predicted_ms
+from gpu.adapters import KERNELS, kernels, predicted_ms
 from gpu.bench import Bench, Entry
 from gpu.models import LINEARS, MicroBatches, figures, made, measured, sizes
 from gpu.plain_llama import PlainLlama
@@ -29,24 +29,22 @@ def eager(bench: Bench) -> Iterator[Entry]:
     """Every size and method without the compiler: torch's own kernels, and fused ones."""
     for size in sizes(bench):
         for mode in KERNELS:
-            with kernels(mode) as is_there:
-                if not is_there:
-                    continue
+            with kernels(mode):
                 # In turn where all three have room at once.
                 parts = [(linear,) for linear in LINEARS] if size == "7b" else [LINEARS]
                 found = {}
                 for part in parts:
-                    found |= _methods(bench, size, part)
+                    found |= _methods(bench, size, part, mode)
             yield f"{size}, {mode} kernels", found
 
 
-def _methods(bench: Bench, size: str, linears: tuple[str, ...]) -> dict[str, Any]:
+def _methods(bench: Bench, size: str, linears: tuple[str, ...], mode: str) -> dict[str, Any]:
     runs = {}
     for linear in linears:
         runs[linear] = (*made(bench, size, linear), RecomputePlan())
     found = measured(bench, runs)
     for linear, (work, _, plan) in runs.items():
-        found[linear]["predicted_ms"] = predicted_ms(work, plan, "h100")
+        found[linear]["predicted_ms"] = predicted_ms(work, plan, "h100", mode)
     del runs
     bench.free()
     return found
@@ -75,7 +73,7 @@ def compiled(bench: Bench) -> Iterator[Entry]:
             if size == "7b":
                 run.model.model.layers = run.model.model.layers[:4]  # type: ignore[assignment]
             # In a dry run graphs are made and run as they are: a CPU's compiler takes minutes.
-            compile_blocks(run.model, "aot_eager" if bench.tiny else "inductor")
+            run.model.compile_blocks("aot_eager" if bench.tiny else "inductor")
             before = graphs()
             first_s = bench.seconds(run)
             after = graphs()

@@ -7,7 +7,6 @@ same. Notices of CUDA libraries are no failures here.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -301,14 +300,6 @@ def test_peak_is_as_predicted_and_little_more_is_reserved(plan):
     assert torch.cuda.max_memory_reserved() < 1.15 * torch.cuda.max_memory_allocated()
 
 
-def compile_blocks(model: LanguageModel, backend: str) -> None:
-    if "backend" in inspect.signature(model.compile_blocks).parameters:
-        model.compile_blocks(backend=backend)  # type: ignore[call-arg]
-        return
-    for block in model.model.blocks():
-        block.compile(backend=backend)
-
-
 def test_compiled_blocks_give_the_same_step_and_are_compiled_once(device):
     """Fused kernels round elsewhere: 1e-3 of each gradient's largest item, in fp32. An evaluation
     between steps compiles nothing of the steps anew. On a CPU the graphs are made and run as they
@@ -318,7 +309,7 @@ def test_compiled_blocks_give_the_same_step_and_are_compiled_once(device):
     torch.compiler.reset()
     model, tokens = make(device, rank="8x2,16x2"), tokens_on(device, 2, 33)
     wanted = step(model, NONE, tokens)
-    compile_blocks(model, "inductor" if device == "cuda" else "aot_eager")
+    model.compile_blocks("inductor" if device == "cuda" else "aot_eager")
     found = step(model, NONE, tokens)
     assert counters["stats"]["unique_graphs"] > 0
     with torch.no_grad():

@@ -195,8 +195,7 @@ def carry_from(y_BTF: Tensor, z_BTR: Tensor, b_RF: Tensor, gain_1: Tensor) -> Te
         carry_MF = torch.addmm(y_MF, z_MR, b_RF, alpha=-1)
     else:
         carry_MF = y_MF - z_MR @ b_RF
-    divisor = gain_1.view(()) if gain_1.device.type == "cpu" else gain_1
-    return carry_MF.div_(divisor).view_as(y_BTF)
+    return carry_MF.div_(gain_1).view_as(y_BTF)
 
 
 class _Dense(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """The dtype that products are computed in, for operations with a hand-written backward.
 
-Autocast does not look inside a ``torch.autograd.Function``: each of ours casts its inputs, and
-gives each gradient in the dtype of its input.
+Autocast does not look inside a ``torch.autograd.Function``: what ours get is cast first
+(differentiably, so gradients come back in the inputs' own dtypes); the loss casts its own.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def casts_kept() -> Iterator[None]:
-    """Meanwhile each weight is cast once, however many micro-batches and second runs there are.
+    """Meanwhile each weight is cast once, however many micro-batches there are.
 
     The weights must not change meanwhile. Cost: the casts stay until the end of the context.
     """
