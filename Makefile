@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 QUIET  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow test-gpu faults check lint types golden bench clean
+.PHONY: help demo test test-slow test-hostile test-gpu faults check lint types golden bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,10 +27,13 @@ demo: $(VENV)/base.stamp  ## train CR-Net beside full rank, a few minutes on two
 	$(BIN)/crnet demo $(DEMO)
 
 test: $(VENV)/dev.stamp  ## the tests, about four minutes on two cores
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu' $(PYTEST)
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not hostile and not gpu' $(PYTEST)
 
 test-slow: $(VENV)/dev.stamp  ## the tests that take longer
 	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu' $(PYTEST)
+
+test-hostile: $(VENV)/dev.stamp  ## what a hostile user does to the command line, a quarter of an hour
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m hostile $(PYTEST)
 
 test-gpu: $(VENV)/dev.stamp  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST)

@@ -175,7 +175,7 @@ def _(bench: Bench) -> None:
     prepare(bench, "folder").refused("gone.txt")
     (here / "folder" / "gone.txt").unlink()
     (here / "folder" / "up").symlink_to("..")
-    prepare(bench, "folder", seconds=20)
+    prepare(bench, "folder", seconds=20).refused("up")
 
 
 @attempt("corpora", "a line of 200 MB, in bounded memory")

@@ -88,6 +88,20 @@ def test_every_file_form_gives_the_same_documents(
         assert read(source, validation_frac=0.3, documents="file") == expected, source
 
 
+def test_folders_behind_links_are_read(tmp_path: Path, texts: list[str]) -> None:
+    """Once each: a link that leads back is an error, not an endless text."""
+    for name in ("disk", "corpus"):
+        (tmp_path / name).mkdir()
+    write_records(tmp_path / "disk" / "b.jsonl", texts[:4])
+    write_records(tmp_path / "corpus" / "a.jsonl", texts[4:8])
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "disk")
+    found = read(tmp_path / "corpus")
+    assert sorted(text for text, _ in found) == sorted(texts[:8])
+    (tmp_path / "corpus" / "back").symlink_to(".")
+    with pytest.raises(ConfigError, match=r"back: a link leads to .*/corpus, which is read"):
+        read(tmp_path / "corpus")
+
+
 def held_out(text: str, frac: float = 0.3) -> bool:
     share = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) / 2**64
     return share < frac

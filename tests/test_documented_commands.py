@@ -93,6 +93,7 @@ MAKE = {
     "demo": ["DEMO=--quick --steps 2 --out {tmp}/demo"],
     "test": ["PYTEST=--collect-only tests/test_house.py"],
     "test-slow": ["PYTEST=--collect-only tests/test_programs.py"],
+    "test-hostile": ["PYTEST=--collect-only"],
     "test-gpu": ["PYTEST=--collect-only"],
     "faults": ["FAULTS=--help"],
     "lint": [],

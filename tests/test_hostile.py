@@ -10,7 +10,7 @@ import pytest
 import hostile
 
 
-@pytest.mark.slow
+@pytest.mark.hostile
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(os.name != "posix", reason="pipes, limits and signals of POSIX")
 @pytest.mark.parametrize("group", hostile.GROUPS)

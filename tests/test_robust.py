@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -273,7 +274,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"[1]", b"\xff", b'{"loss": 1}', b'{"step": 1.5}', b'{"step": 1, "loss": null}']
+    "line", [b"[1]", b"\xff", b'{"loss": 1}', b'{"step": 1.5}', b'{"step": 1, "loss": "1"}']
 )
 def test_a_row_of_metrics_that_is_none(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -283,6 +284,19 @@ def test_a_row_of_metrics_that_is_none(line: bytes, tmp_path: Path) -> None:
             metrics.read(path)
     path.write_bytes(b'{"step": 2}\n' + line)
     assert metrics.read(path) == [{"step": 2}]
+
+
+def test_a_figure_that_is_not_finite_is_json_all_the_same(tmp_path: Path) -> None:
+    log = metrics.Metrics(tmp_path)
+    log.write({"step": 1, "loss": math.nan, "val_perplexity": math.inf})
+    log.close()
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert line == '{"step": 1, "loss": null, "val_perplexity": null}\n'
+    (row,) = metrics.read(tmp_path / "metrics.jsonl")
+    assert math.isnan(row["loss"])
+    again = metrics.Metrics(tmp_path, upto_step=1)
+    again.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == line
 
 
 @pytest.mark.parametrize(("handler", "stops"), [(signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)])

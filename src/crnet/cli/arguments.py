@@ -5,11 +5,9 @@ Nothing here imports the configuration: a command that needs none of it starts w
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,16 +83,10 @@ class Command:
 
 
 def print_json(value: Any) -> None:
-    """Print a result as one JSON document; a number that JSON has none for becomes null."""
+    """Print a result as one JSON document."""
+    from crnet.config.serialize import to_json
 
-    def strict(item: Any) -> Any:
-        if isinstance(item, Mapping):
-            return {key: strict(each) for key, each in item.items()}
-        if isinstance(item, (list, tuple)):
-            return [strict(each) for each in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    print(json.dumps(strict(value), indent=1, allow_nan=False))
+    print(to_json(value, indent=1))
 
 
 def plugin_words() -> list[str]:

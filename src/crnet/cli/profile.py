@@ -7,6 +7,7 @@ import sys
 from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset, print_json
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
+from crnet.config.serialize import override
 from crnet.errors import ConfigError
 
 
@@ -45,7 +46,7 @@ def profile(
 
     where = pick_device(settings.train.device)
     compiled.choose(settings.train.kernels)
-    run_config = with_precision(run_config, where)
+    run_config = with_precision(override(run_config, train={"device": str(where)}), where)
     prepare_device(run_config, where)
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)

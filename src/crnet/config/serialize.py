@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -52,6 +53,19 @@ def to_dict(config: Any) -> dict[str, Any]:
         return str(value) if isinstance(value, Path) else value
 
     return plain(dataclasses.asdict(config))
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """One JSON document; a number that JSON has none for (nan, inf) becomes null."""
+
+    def strict(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {key: strict(each) for key, each in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [strict(each) for each in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(strict(value), indent=indent, allow_nan=False)
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:

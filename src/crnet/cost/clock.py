@@ -13,7 +13,7 @@ from typing import Literal
 
 from crnet.cost import traffic
 from crnet.cost.flops import block_flops
-from crnet.cost.hardware import Device
+from crnet.cost.hardware import Device, is_gpu
 from crnet.cost.micro_batch import MicroBatch
 from crnet.cost.workload import Workload
 from crnet.recompute.plan import RecomputePlan
@@ -65,7 +65,7 @@ def step_seconds(work: Workload, plan: RecomputePlan, on: Device) -> dict[str, f
     ``fused``: were elementwise work inside the products' kernels.
     Accuracy: kernels and bytes of ``eager`` are counted (``measure.traffic``), the rates are not.
     """
-    device_type = "cpu" if on.name == "cpu" else "cuda"
+    device_type = "cuda" if is_gpu(on) else work.micro_batch.device_type
     clock = _Clock(on, dataclasses.replace(work.micro_batch, device_type=device_type))
     ways: list[Way] = [way for way in WAYS if way != "compiled" or plan.policy in ("none", "block")]
     found: dict[str, float] = {}

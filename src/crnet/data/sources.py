@@ -294,7 +294,13 @@ def _walk(folder: Path) -> list[Path]:
         raise ConfigError(unreadable(Path(str(error.filename)), error)) from error
 
     found: list[Path] = []
-    for here, folders, names in os.walk(folder, onerror=stop):
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            raise ConfigError(
+                f"{here}: a link leads to {real}, which is read already; take the link out"
+            )
+        seen.add(real)
         folders[:] = [n for n in folders if not n.startswith(".") and n != "__pycache__"]
         for name in names:
             # A README or a licence speaks about the data; it is no part of it.

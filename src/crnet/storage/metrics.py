@@ -3,18 +3,19 @@
 A row is one JSON object: a training row has ``step``, ``tokens``, ``loss``, ``lr``, ``grad_norm``
 and ``tokens_per_s``; an evaluation row has ``step``, ``val_loss``, ``val_perplexity`` and
 ``val_tokens``; ``invert_also_keeps`` is what the guard of recompute invert keeps from that step on.
+A figure that is not finite is null, and nan where it is read again.
 The file is the only source of plots and reports; nothing is read back from a log.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 from pathlib import Path
 from typing import IO, Any
 
-from crnet.config.serialize import parse_json
+from crnet.config.serialize import parse_json, to_json
 from crnet.errors import ConfigError
 from crnet.storage.files import write_atomically
 
@@ -37,13 +38,13 @@ class Metrics:
         """
         self.path = run_dir / METRICS
         kept = [] if upto_step is None else [r for r in read(self.path) if r["step"] <= upto_step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(self.path, "".join(to_json(row) + "\n" for row in kept))
         self._file: IO[str] = self.path.open("a", encoding="utf-8")
         self._board = _board(run_dir, upto_step) if tensorboard else None
 
     def write(self, row: Row) -> None:
         """Append one row."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(to_json(row) + "\n")
         self._file.flush()
         if self._board is not None:
             for key, value in row.items():
@@ -104,6 +105,7 @@ def _row(line: bytes) -> Row:
     row = parse_json(line)
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise ValueError("it has no step")
+    row = {key: math.nan if value is None else value for key, value in row.items()}
     for key in ("loss", "val_loss", "val_tokens", "tokens"):
         if not isinstance(row.get(key, 0), (int, float)):
             raise ValueError(f"{key} is {row[key]!r}")
