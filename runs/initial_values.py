@@ -6,7 +6,7 @@
 Each candidate trains the same shape on the same rows in the same order; only the initial values
 differ. Writes OUT/initial_values.json and prints the table for LOG.md.
 
-JSON initial_values: by name step, val_loss, val_perplexity, val_tokens, tokens,
+JSON initial_values: by name step, val_loss, val_perplexity, val_tokens, val_precision, tokens,
 tokens_per_s_median, beta.
 """
 

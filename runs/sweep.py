@@ -9,7 +9,8 @@ run that was begun with others is refused: its figures would pass for those of t
 that was interrupted goes on from its last checkpoint, so a sweep can be stopped (Ctrl-C, SIGTERM:
 the runs save, no other begins) and started at will.
 
-JSON sweep: by name step, val_loss, val_perplexity, val_tokens, tokens, tokens_per_s_median, beta.
+JSON sweep: by name step, val_loss, val_perplexity, val_tokens, val_precision, tokens,
+tokens_per_s_median, beta.
 """
 
 from __future__ import annotations

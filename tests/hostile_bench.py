@@ -233,9 +233,10 @@ class Bench:
 
     def close(self) -> None:
         if self._server is not None:
-            assert self._server.stdin is not None
-            self._server.stdin.close()
-            self._server.wait(timeout=30)
+            with self._server as server:  # closes its pipes, which ends it, and waits
+                assert server.stdin is not None
+                server.stdin.close()
+                server.wait(timeout=30)
             self._server = None
 
     # What commands work on
