@@ -48,6 +48,7 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 SIDES: dict[str, dict[str, str]] = {
     "torch": {},
     "passive": PASSIVE,
+    **{f"spin-{count}": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 10_000, 100_000)},
     "malloc": {"GLIBC_TUNABLES": MALLOC},
     "both": {**PASSIVE, "GLIBC_TUNABLES": MALLOC},
 }

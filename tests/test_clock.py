@@ -262,6 +262,7 @@ def test_advice_names_the_faster_precision():
     assert all(value > 0 for value in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["none", "replay"])
 def test_flops_are_counted_without_holding_every_pair_of_tokens(policy: str):
     """MATH attention at the whole micro-batch would hold 48 MiB of scores a map."""

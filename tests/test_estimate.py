@@ -284,6 +284,7 @@ def test_plan_answers_in_one_way(capsys: pytest.CaptureFixture[str]):
     assert terms_of(rows, "memory")["invert"] == found["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_paper_shows_table_10(capsys: pytest.CaptureFixture[str]):
     """Every published choice is found again from what it takes; 24 rows and three readings."""
     (table,) = run_json(capsys, "paper", "10")
@@ -294,7 +295,9 @@ def test_paper_shows_table_10(capsys: pytest.CaptureFixture[str]):
     assert len(run(capsys, "paper", "10").splitlines()) == 1 + len(rows)
 
 
-@pytest.mark.parametrize("number", ["1", "2", "3", "19", "22", "all"])
+@pytest.mark.parametrize(
+    "number", ["1", "2", "3", "19", "22", pytest.param("all", marks=pytest.mark.slow)]
+)
 def test_paper_command(capsys: pytest.CaptureFixture[str], number: str):
     assert "recomputed" in run(capsys, "paper", number)
     tables = run_json(capsys, "paper", number)
