@@ -19,12 +19,12 @@ from crnet import optimizers
 from crnet.config.model_spec import model_spec
 from crnet.config.sections import ModelConfig
 from crnet.errors import ConfigError
+from crnet.inference.load import copy_weights
 from crnet.model.build import build
 from crnet.model.language_model import LanguageModel
 from crnet.optimizers import Settings
 from crnet.optimizers import _low_precision as low_precision
 from crnet.optimizers._low_precision import Bf16Update
-from crnet.train import full_state
 from crnet.train.resume import all_weights, restore, snapshot
 
 pytestmark = pytest.mark.slow
@@ -127,7 +127,7 @@ def split_over_ranks(rank: int, port: int, folder: Path, case: str) -> None:
     torch.distributed.barrier()
     saved = torch.load(folder / "two.pt", weights_only=True)
     other, other_optimizer = sharded()
-    full_state.load_full_weights(other, saved["weights"])
+    copy_weights(other, saved["weights"])
     restore(other_optimizer, saved["state"], torch.device("cpu"), other.spec)
     stepped(other, other_optimizer)
     weights, state = all_weights(other), snapshot(other_optimizer, other.spec)

@@ -32,6 +32,7 @@ LAYERS = [
     ["model", "storage"],
     ["cost"],
     ["paper", "data"],
+    ["parallel"],
     ["inference", "report"],
     ["train", "measure"],
     ["compare"],

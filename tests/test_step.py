@@ -71,7 +71,7 @@ def at(step: int) -> Progress:
 
 def make_step(config: RunConfig, *, late: bool) -> Step:
     plain = train.make_step(config, model_spec(config.model), CPU, None)
-    return Step(config, plain.model, plain.optimizer, CPU, late=late)
+    return Step(config, plain.engine, plain.optimizer, CPU, late=late)
 
 
 def everything(step: Step) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The two errors that a user meets."""
+"""The errors that a user meets."""
 
 from __future__ import annotations
 
@@ -14,4 +14,9 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: a loss or a gradient is no longer a finite number."""
+    """Training cannot go on: a loss or a gradient is no longer a finite number, or a process of the
+    run is gone."""
+
+
+class ReportedError(ConfigError):
+    """One that another process of the run has said already."""

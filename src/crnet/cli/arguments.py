@@ -24,8 +24,8 @@ ConfigFiles = Annotated[
     Parameter(
         name="--config",
         negative=(),
-        help="YAML, TOML or JSON file with sections model, data, optimizer, train; several: the "
-        "last wins.",
+        help="YAML, TOML or JSON file with sections model, data, optimizer, train, parallel; "
+        "several: the last wins.",
     ),
 ]
 DataFiles = Annotated[

@@ -23,6 +23,7 @@ from crnet.config.sections import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
     TrainConfig,
 )
@@ -48,6 +49,7 @@ class Sections:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     def of(self, preset: str) -> RunConfig:
         """The configuration of a run that starts from a preset."""

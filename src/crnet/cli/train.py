@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from crnet.cli.arguments import (
 from crnet.cli.layering import DEFAULTS, Settings, begun_config, new_run, resumed_run
 from crnet.config.check import check
 from crnet.errors import ConfigError
+from crnet.parallel import launch
 
 if TYPE_CHECKING:
     from crnet.train.run import Result
@@ -54,10 +57,17 @@ def train(
         run_dir = out or new_run(f"{preset}-{settings.model.linear}")
     run_config = settings.of(preset)
     check(run_config)  # before torch is imported: a slip is answered at once
+    if launch.starts_processes(run_config.parallel):
+        named = [] if out is not None else ["--out", str(run_dir)]
+        sys.exit(launch.launch([*sys.argv[1:], *named], run_config.parallel))
+    if out is None and "WORLD_SIZE" in os.environ:
+        raise ConfigError("--out is needed: every process would name a run folder of its own")
 
     from crnet.train import run as training
 
-    _show(training.run(run_config, run_dir, resume=goes_on), as_json)
+    result = training.run(run_config, run_dir, resume=goes_on)
+    if os.environ.get("RANK", "0") == "0":
+        _show(result, as_json)
 
 
 def _preset_of(run_dir: Path, given: str | None) -> str:

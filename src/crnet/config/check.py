@@ -19,6 +19,7 @@ from crnet.config.sections import (
     RunConfig,
     TrainConfig,
     field_name,
+    num_shares,
     options_of,
 )
 from crnet.errors import ConfigError
@@ -35,7 +36,7 @@ def check(config: RunConfig) -> None:
 
     Whether files exist and hold text is seen when they are opened (``data.prepare``).
     """
-    model, data, optimizer, train = (getattr(config, name) for name in SECTIONS)
+    model, data, optimizer, train = config.model, config.data, config.optimizer, config.train
     problems = [*_range_problems(config), *_option_problems(config), *_data_problems(data)]
     if model.hidden_size <= _WIDEST:  # of a larger one, not every divisor can be tried
         problems += _head_problems(model)
@@ -54,8 +55,38 @@ def check(config: RunConfig) -> None:
             f"--train.bf16-update {train.bf16_update} has no effect with --train.precision "
             f"{train.precision}; say --train.precision bf16, or leave it out"
         )
+    if not problems:
+        problems += _parallel_problems(config)
     if problems:
         raise ConfigError(problems)
+
+
+def _parallel_problems(config: RunConfig) -> Iterator[str]:
+    """What processes cannot share."""
+    train, parallel, shares = config.train, config.parallel, num_shares(config.parallel)
+    share, over = divmod(train.batch_size, shares)
+    if over:
+        yield (
+            f"--train.batch-size {train.batch_size} is not divided by the {shares} processes that "
+            f"share it (--parallel.*); take a multiple of {shares}"
+        )
+    elif shares > 1 and share % min(train.micro_batch_size or share, share):
+        yield (
+            f"--train.micro-batch-size {train.micro_batch_size} does not divide the {share} "
+            f"sequences of a process; take a divisor of {share}"
+        )
+    if parallel.shard == 1:
+        return
+    if train.precision == "bf16":
+        yield (
+            "--parallel.shard with --train.precision bf16: norms and gains have an fp32 master or "
+            "are fp32, and fully_shard takes blocks of one dtype; say --train.precision bf16-mixed"
+        )
+    if not optimizers.get(config.optimizer.name).shards:
+        yield (
+            f"--parallel.shard: {config.optimizer.name} needs whole matrices; say --parallel.data, "
+            "or --optimizer.name adamw"
+        )
 
 
 def _positive(*values: float | None) -> bool:
@@ -73,6 +104,7 @@ _ABOVE_ZERO = {
         *("steps", "batch_size", "micro_batch_size", "threads"),
         *("log_every_steps", "invert_tolerance", "activation_budget_gib"),
     ),
+    "parallel": ("data", "shard"),
 }
 _ZERO_OR_MORE = {
     "train": ("eval_every_steps", "save_every_steps", "keep_checkpoints", "seed"),
@@ -97,6 +129,7 @@ _MOST: dict[str, dict[str, int]] = {
         "threads": 4096,
         "seed": 2**64 - 1,
     },
+    "parallel": dict.fromkeys(("data", "shard"), 2**16),
 }
 _SHARES = {"optimizer": ("warmup_frac", "min_lr_frac")}
 _DECAYS = {"optimizer": ("beta1", "beta2")}

@@ -182,6 +182,26 @@ class TrainConfig:
     """Also write TensorBoard event files into the run folder."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Processes that share a run, a device each (docs/scale.md); the sizes multiply."""
+
+    data: Free[int] = 1
+    """Copies of the model, each with its share of every batch."""
+    shard: Free[int] = 1
+    """Processes that split the weights, gradients and optimizer state of a copy, and its share."""
+
+
+def num_processes(parallel: ParallelConfig) -> int:
+    """How many processes the sizes ask for."""
+    return parallel.data * parallel.shard
+
+
+def num_shares(parallel: ParallelConfig) -> int:
+    """Into how many equal shares every batch is cut."""
+    return parallel.data * parallel.shard
+
+
 def field_name(method: str) -> str:
     """The field of a section that holds a method's options."""
     return method.replace("-", "_")
@@ -265,6 +285,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
 
-SECTIONS = ("model", "data", "optimizer", "train")
+SECTIONS = ("model", "data", "optimizer", "train", "parallel")

@@ -9,16 +9,18 @@ target tokens.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from crnet.data.rows import Rows, validation_batches
+from crnet.data.rows import IGNORED, Rows, validation_batches
 from crnet.model.language_model import LanguageModel
+from crnet.parallel.world import ALONE, World
 
 TOKENS_AT_ONCE = 8192
 """Input tokens in one forward pass of an evaluation."""
@@ -56,6 +58,7 @@ def evaluate_unless(
     rows: Rows,
     max_tokens: int,
     precision: Precision = "fp32",
+    world: World = ALONE,
 ) -> Evaluation | None:
     """Evaluate a model, or give up and return None as soon as ``stopped()`` says so.
 
@@ -66,6 +69,7 @@ def evaluate_unless(
         rows: rows of the validation split.
         max_tokens: most input tokens read.
         precision: of products.
+        world: the processes that share the rows; each has the model, and gets the same figure.
     Raises:
         ConfigError: the split holds no row.
     Cost: one forward pass, saving nothing; memory for the logits of a chunk of rows, and what
@@ -81,7 +85,7 @@ def evaluate_unless(
     complete = True
     try:
         with _computing(model, device, precision):
-            for tokens, targets in validation_batches(rows, batch_size, max_tokens):
+            for tokens, targets in _share(validation_batches(rows, batch_size, max_tokens), world):
                 if stopped():
                     complete = False
                     break
@@ -92,8 +96,19 @@ def evaluate_unless(
         model.train(was_training)
     if not complete:
         return None
-    total, tokens = loss_sum.item(), int(num_tokens.item())
+    total, tokens = world.sum(loss_sum).item(), int(world.sum(num_tokens).item())
     return Evaluation(loss=total / tokens, tokens=tokens)
+
+
+def _share(
+    batches: Iterable[tuple[Tensor, Tensor]], world: World
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's batches: as many on every process, the last perhaps without a target."""
+    idx, count = world.share
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, count)):
+        tokens, targets = group[min(idx, len(group) - 1)]
+        yield tokens, targets if idx < len(group) else torch.full_like(targets, IGNORED)
 
 
 @contextlib.contextmanager

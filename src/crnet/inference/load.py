@@ -8,7 +8,7 @@ Nothing is initialised: the model is laid out without memory, gets memory, and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,19 +18,23 @@ from crnet.config.model_spec import ModelSpec, model_spec
 from crnet.data import tokenizer
 from crnet.errors import ConfigError
 from crnet.linears._maps import dtype_of
-from crnet.model.build import lay_out, to_memory
+from crnet.model.build import copy_into, lay_out, to_memory
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import pad, stored_on
 from crnet.storage.checkpoint import WEIGHTS, Checkpoint
 
 
 def load_model(
-    saved: Checkpoint, device: torch.device | str = "cpu", spec: ModelSpec | None = None
+    saved: Checkpoint,
+    device: torch.device | str = "cpu",
+    spec: ModelSpec | None = None,
+    lay: Callable[[ModelSpec], LanguageModel] = lay_out,
 ) -> LanguageModel:
     """The model with its weights, in the dtypes that they were trained in.
 
     Args:
         spec: of the checkpoint's model, as it is to be stored; None: as the device likes it.
+        lay: lays it out without memory, perhaps split over processes.
     Raises:
         ConfigError: the weights are not those of the model that the configuration describes.
     Cost: the weights once from the disk; one copy on the CPU beside the model's own memory.
@@ -45,7 +49,7 @@ def load_model(
     weights = saved.weights()
     dtype = weights_dtype(saved.config.train.precision)
     check_weights(spec, weights, dtype, saved.folder / WEIGHTS)
-    model = lay_out(spec)
+    model = lay(spec)
     to_memory(model, device, dtype)
     copy_weights(model, weights)
     return model
@@ -96,7 +100,7 @@ def copy_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
     """Copy weights, already checked, into a model that has memory for them."""
     parameters = dict(model.named_parameters())
     for name, weight in weights.items():
-        parameters[name].copy_(pad(weight, model.spec.stored_shapes[name]))
+        copy_into(parameters[name], pad(weight, model.spec.stored_shapes[name]))
 
 
 def pick_device(name: str) -> torch.device:

@@ -44,13 +44,15 @@ def build(
     seed: int,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    lay: Callable[[ModelSpec], LanguageModel] = lay_out,
 ) -> LanguageModel:
     """Build an initialised model.
 
+    ``lay``: lays it out without memory, perhaps split over processes.
     It is laid out without memory first, so that a parameter nobody initialises is an error and
     never whatever the memory held. Cost: that of ``initial_values``.
     """
-    model = lay_out(spec)
+    model = lay(spec)
     to_memory(model, device, dtype)
     fill(model, seed)
     return model
@@ -101,7 +103,7 @@ def fill(model: LanguageModel, seed: int) -> None:
         f"{sorted(parameters.keys() ^ model.spec.tensors.keys())}"
     )
     for name, value in initial_values(model.spec, seed):
-        _copy(parameters[name], pad(value, model.spec.stored_shapes[name]))
+        copy_into(parameters[name], pad(value, model.spec.stored_shapes[name]))
 
 
 def initial_values(spec: ModelSpec, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -158,7 +160,8 @@ def _drawn(tensor: TensorSpec, generator: torch.Generator) -> Tensor:
     return fills[kind](torch.empty(tensor.shape))
 
 
-def _copy(parameter: Tensor, value: Tensor) -> None:
+def copy_into(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole value, which every process has, into a parameter or this process's part."""
     if hasattr(parameter, "device_mesh"):  # a shard: each rank keeps its own part
         from torch.distributed.tensor import distribute_tensor
 

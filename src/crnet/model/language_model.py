@@ -32,6 +32,12 @@ from crnet.specs import Forget, TensorSpec
 
 Runner = Callable[[Sequence[Block], State, Any], State]
 """Runs every block: the plain loop, or a recomputation."""
+Around = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
+
+
+def plainly(_: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """An ``Around`` that does nothing."""
+    return contextlib.nullcontext()
 
 
 class Backbone(nn.Module):
@@ -199,9 +205,10 @@ class LanguageModel(nn.Module):
         return bool(list(self.spec.linear.events(step, self.spec.linear_options)))
 
     @torch.no_grad()
-    def run_events(self, step: int, seed: int) -> Mapping[str, Forget]:
+    def run_events(self, step: int, seed: int, around: Around = plainly) -> Mapping[str, Forget]:
         """Carry out what the parameterization has due after ``step`` optimizer steps.
 
+        ``around``: around what is done to one map, whose tensors may have to be brought together.
         Returns: by full name, what the optimizer is to forget of a parameter.
         """
         linear, options = self.spec.linear, self.spec.linear_options
@@ -211,6 +218,8 @@ class LanguageModel(nn.Module):
                 for slot in slots:
                     name = self.spec.map_name(slot)
                     generator = generator_of(seed, name, f"{event} {step}")
-                    for forget in block.maps[slot.position].run_event(event, generator):
-                        forgets[f"{name}.{forget.tensor}"] = forget
+                    mapped = block.maps[slot.position]
+                    with around(mapped):
+                        for forget in mapped.run_event(event, generator):
+                            forgets[f"{name}.{forget.tensor}"] = forget
         return forgets

@@ -27,7 +27,14 @@ METRICS = "metrics.jsonl"
 class Metrics:
     """Appends rows to ``metrics.jsonl``; ``sync`` makes them durable before a checkpoint."""
 
-    def __init__(self, run_dir: Path, *, upto_step: int | None = None, tensorboard: bool = False):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        upto_step: int | None = None,
+        tensorboard: bool = False,
+        writes: bool = True,
+    ):
         """Open the file for appending.
 
         Args:
@@ -35,15 +42,23 @@ class Metrics:
             upto_step: resuming: rows of later steps, and a half-written last line, are dropped.
                 None: a new file.
             tensorboard: also write event files (needs the tensorboard package).
+            writes: False: nothing is written, of several processes another one does.
         """
         self.path = run_dir / METRICS
         kept = [] if upto_step is None else [r for r in read(self.path) if r["step"] <= upto_step]
+        self.rows_before = kept
+        self._file: IO[str] | None = None
+        self._board = None
+        if not writes:
+            return
         write_atomically(self.path, "".join(to_json(row) + "\n" for row in kept))
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
         self._board = _board(run_dir, upto_step) if tensorboard else None
 
     def write(self, row: Row) -> None:
         """Append one row."""
+        if self._file is None:
+            return
         self._file.write(to_json(row) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -53,12 +68,14 @@ class Metrics:
 
     def sync(self) -> None:
         """Bring every row to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written was reported by write
-            self._file.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what could not be written was reported by write
+                self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from crnet.config.sections import RunConfig
 from crnet.data.rows import Batches, Rows
 from crnet.inference.evaluate import Evaluation, Precision, evaluate_unless
+from crnet.parallel.world import ALONE, World, peak_bytes
 from crnet.recompute.plan import Added
 from crnet.storage import checkpoint, metrics
 from crnet.storage.checkpoint import Contents, Progress
-from crnet.train.full_state import is_first_rank
 from crnet.train.resume import all_weights, snapshot
 from crnet.train.signals import Stop
 from crnet.train.step import Step, Stepped
@@ -37,14 +37,16 @@ class Record:
     files: Mapping[str, Callable[[Path], None]]
     """What else a checkpoint gets (``storage.checkpoint.Contents``)."""
     last_checkpoint: Path | None = None
+    world: World = ALONE
+    """Its first process writes; all of them have the same record."""
 
-    def evaluations(self) -> dict[int, Evaluation]:
-        """What has been evaluated so far, by step."""
-        return {
+    def __post_init__(self) -> None:
+        self.evaluations = {
             row["step"]: Evaluation(row["val_loss"], row["val_tokens"])
-            for row in metrics.read(self.log.path)
+            for row in self.log.rows_before
             if "val_loss" in row
         }
+        """What has been evaluated so far, by step."""
 
     def has(self, step: int) -> bool:
         """Whether the last checkpoint is of that step."""
@@ -62,8 +64,8 @@ class Record:
             files=self.files,
         )
         self.last_checkpoint = self.run_dir / "checkpoints" / f"step_{at.step}"
-        if is_first_rank():
-            checkpoint.save(self.run_dir, contents, step.config.train.keep_checkpoints)
+        keep = step.config.train.keep_checkpoints
+        self.world.on_first(lambda: checkpoint.save(self.run_dir, contents, keep))
 
 
 class Loop:
@@ -72,7 +74,9 @@ class Loop:
     def __init__(self, step: Step, rows: Rows, validation: Rows, record: Record, stop: Stop):
         self.config: RunConfig = step.config
         self._step, self._rows, self._validation = step, rows, validation
-        self._record, self._stop = record, stop
+        self._record, self._stop, self._world = record, stop, record.world
+        self.at = Progress(step=0, position=0, tokens=0)
+        """Where the run stands."""
         self._guarded: Added = {}
         self._trained, self._logged = _Clock(), _Clock()
 
@@ -88,23 +92,23 @@ class Loop:
             at: where it stands.
             show: a progress bar on stderr.
         """
-        train, record = self.config.train, self._record
+        train, record, self.at = self.config.train, self._record, at
         batches = Batches(self._rows, train.seed, train.batch_size, at.position)
         bar = _bar(train.steps, at.step, show)
         # A signal during an evaluation leaves it undone; the resumed run makes up for it here.
-        if self._evaluation_due(at.step) and at.step not in record.evaluations():
+        if self._evaluation_due(at.step) and at.step not in record.evaluations:
             self._evaluate(at, bar)
         self._step.model.train()
-        while at.step < train.steps and not self._stop.requested:
+        while at.step < train.steps and not self._stopping():
             start_s = time.perf_counter()
-            micro_batches = batches.next(train.micro_batch_size)
+            micro_batches = batches.next(train.micro_batch_size, *self._world.share)
             done = self._step(micro_batches, at, record.last_checkpoint)
             if self._due(at.step + 1):
                 done.check()
             elapsed_s = time.perf_counter() - start_s
             for clock in (self._trained, self._logged):
                 clock.add(done.num_tokens, elapsed_s)
-            at = Progress(at.step + 1, batches.position, at.tokens + done.num_tokens)
+            at = self.at = Progress(at.step + 1, batches.position, at.tokens + done.num_tokens)
             bar.update()
             self._log(at, done, bar)
             if self._evaluation_due(at.step) and (found := self._evaluate(at, bar)):
@@ -117,9 +121,13 @@ class Loop:
             record.save(at, self._step)
         return at
 
+    def _stopping(self) -> bool:
+        """Whether a signal asked any process to stop: all of them do, at the same step."""
+        return self._world.any(self._stop.requested is not None)
+
     def finished(self, at: Progress) -> bool:
         """Whether every step is done, and the last one evaluated."""
-        return at.step >= self.config.train.steps and at.step in self._record.evaluations()
+        return at.step >= self.config.train.steps and at.step in self._record.evaluations
 
     def _is_last(self, at: Progress) -> bool:
         return at.step == self.config.train.steps
@@ -137,8 +145,13 @@ class Loop:
             return
         rate = self._logged.rate()
         row = {"step": at.step, "tokens": at.tokens, "loss": done.loss, "lr": done.lr}
-        self._record.log.write(row | {"grad_norm": done.grad_norm, "tokens_per_s": round(rate, 1)})
-        bar.set_postfix_str(f"loss {done.loss:.3f}, {rate:,.0f} tokens/s")
+        row |= {"grad_norm": done.grad_norm, "tokens_per_s": round(rate, 1)}
+        text = f"loss {done.loss:.3f}, {rate:,.0f} tokens/s"
+        if (size := self._world.size) > 1:
+            row["peak_bytes"] = int(self._world.most(peak_bytes(self._step.device)))
+            text += f", {rate / size:,.0f} a process, {row['peak_bytes'] / 2**30:.2f} GiB at most"
+        self._record.log.write(row)
+        bar.set_postfix_str(text)
         self._logged = _Clock()
 
     def _log_guard(self, at: Progress, bar: Any) -> None:
@@ -163,16 +176,18 @@ class Loop:
         bar.set_postfix_str("evaluating")
         precision = self._evaluation_precision(at.step)
         found = evaluate_unless(
-            lambda: self._stop.requested is not None,
+            self._stopping,
             self._step.model,
             self._validation,
             self._evaluation_tokens(at.step),
             precision,
+            self._world,
         )
         if found is not None:
             row = {"step": at.step, "val_loss": found.loss, "val_perplexity": found.perplexity}
             more = {"val_tokens": found.tokens, "val_precision": precision}
             self._record.log.write(row | more)
+            self._record.evaluations[at.step] = found
         return found
 
     def _evaluation_precision(self, step: int) -> Precision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from crnet.config.serialize import read_json
 from crnet.errors import ConfigError
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import cut, cut_state, pad_state
-from crnet.storage.checkpoint import Checkpoint
-from crnet.storage.manifest import MANIFEST
-from crnet.train.full_state import (
+from crnet.parallel.full_state import (
     full_optimizer_state,
     full_weights,
-    is_distributed,
     load_full_optimizer_state,
 )
+from crnet.parallel.whole import is_split
+from crnet.storage.checkpoint import Checkpoint
+from crnet.storage.manifest import MANIFEST
 from crnet.train.step import learning_rate
 
 
@@ -111,11 +111,12 @@ def check_same_run(saved: Checkpoint, config: RunConfig, hashes: Mapping[str, st
 
 
 def say_changes(
-    saved: Checkpoint | None, config: RunConfig, hashes: Mapping[str, str]
+    saved: Checkpoint | None, config: RunConfig, hashes: Mapping[str, str], *, say: bool = True
 ) -> list[str]:
     """Say on stderr with what a run goes on otherwise than it began; return the lines.
 
-    Args, Raises: ``check_same_run``. ``saved`` is None where a run ended before it saved.
+    Args, Raises: ``check_same_run``. ``say``: of several processes, one says it. ``saved`` is None
+    where a run ended before it saved.
     """
     if saved is None:
         lines = ["no checkpoint was saved before; the run begins at step 0"]
@@ -123,7 +124,7 @@ def say_changes(
         found = check_same_run(saved, config, hashes)
         lines = [f"resumed with {each.flag} {each.now} (was {each.was})" for each in found]
         lines += _jump(saved, config)
-    for line in lines:
+    for line in lines if say else ():
         print(f"crnet: {line}", file=sys.stderr)
     return lines
 
@@ -144,7 +145,9 @@ def all_weights(model: LanguageModel) -> dict[str, Tensor]:
 
     Split over ranks: on the CPU of rank 0, and nothing on other ranks.
     """
-    found = full_weights(model) if is_distributed() else dict(model.named_parameters())
+    found = (
+        full_weights(model) if _any_split(model.parameters()) else dict(model.named_parameters())
+    )
     declared = model.spec.tensors
     return {name: cut(tensor, declared[name].shape) for name, tensor in found.items()}
 
@@ -155,10 +158,11 @@ def snapshot(optimizer: torch.optim.Optimizer, spec: ModelSpec) -> dict[str, Any
     ``spec``: of the model as it is stored; its padding is left out. Random states are of the GPU
     that the parameters are on, and of no other: asking one makes a context there.
     """
-    found = full_optimizer_state(optimizer) if is_distributed() else optimizer.state_dict()
+    parameters = _parameters(optimizer)
+    found = full_optimizer_state(optimizer) if _any_split(parameters) else optimizer.state_dict()
     found = cut_state(found, spec)
     state: dict[str, Any] = {"optimizer": found, "torch_rng": torch.get_rng_state()}
-    device = next(each for group in optimizer.param_groups for each in group["params"]).device
+    device = parameters[0].device
     if device.type == "cuda":
         state["cuda_rng"] = torch.cuda.get_rng_state(device)
     return state
@@ -171,10 +175,19 @@ def restore(
     spec: ModelSpec,
 ) -> None:
     """Inverse of ``snapshot``."""
-    load = load_full_optimizer_state if is_distributed() else optimizers.load_state
+    split = _any_split(_parameters(optimizer))
+    load = load_full_optimizer_state if split else optimizers.load_state
     load(optimizer, pad_state(state["optimizer"], spec))
     torch.set_rng_state(state["torch_rng"])
     if device.type == "cuda" and "cuda_rng" in state:
         found = state["cuda_rng"]  # older checkpoints: a list, of every GPU
         found = found[device.index or 0] if isinstance(found, list) else found
         torch.cuda.set_rng_state(found, device)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [each for group in optimizer.param_groups for each in group["params"]]
+
+
+def _any_split(parameters: Iterable[Tensor]) -> bool:
+    return any(map(is_split, parameters))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,14 @@ import torch
 from crnet import optimizers
 from crnet.config.check import check
 from crnet.config.model_spec import ModelSpec
-from crnet.config.sections import RunConfig, TrainConfig, options_of, settings_of, update_of
+from crnet.config.sections import (
+    RunConfig,
+    TrainConfig,
+    num_shares,
+    options_of,
+    settings_of,
+    update_of,
+)
 from crnet.config.serialize import override
 from crnet.cost.workload import num_micro_batches, workload
 from crnet.data.prepare import prepare
@@ -33,10 +41,13 @@ from crnet.model.device import prepare_device, with_precision
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
 from crnet.optimizers import _low_precision as low_precision
+from crnet.parallel.engine import Engine, lay_out_shared
+from crnet.parallel.world import ALONE, World, joined
 from crnet.report.plots import plot_losses
 from crnet.storage import checkpoint, files, metrics
 from crnet.storage.checkpoint import Checkpoint, Progress
-from crnet.storage.manifest import write_manifest
+from crnet.storage.manifest import describe_code, write_manifest
+from crnet.storage.metrics import Metrics
 from crnet.train.deterministic import deterministic
 from crnet.train.loop import Loop, Record
 from crnet.train.resume import check_folder, check_plugins, restore, say_changes
@@ -88,31 +99,39 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
             good checkpoint.
     """
     check(config)
-    check_folder(run_dir, resume)
-    choose_kernels(config.train)
     with contextlib.ExitStack() as held:  # what keeps other processes out of the folder
-        return _run(config, run_dir, resume, progress, held)
+        world = held.enter_context(joined(config.parallel))
+        world.on_first(lambda: check_folder(run_dir, resume))
+        choose_kernels(config.train)
+        return _run(config, run_dir, resume, progress and world.is_first, held, world)
 
 
 def _run(
-    config: RunConfig, run_dir: Path, resume: bool, progress: bool, held: contextlib.ExitStack
+    config: RunConfig,
+    run_dir: Path,
+    resume: bool,
+    progress: bool,
+    held: contextlib.ExitStack,
+    world: World,
 ) -> Result:
     if resume:
-        held.enter_context(files.alone(run_dir))
+        world.on_first(lambda: _take(run_dir, held))
         check_plugins(run_dir)
         metrics.read(run_dir / metrics.METRICS)  # a broken one is refused before anything changes
-    prepared = prepare(config.data, progress=progress)
+    prepared = world.on_first(lambda: prepare(config.data, progress=progress))
+    prepared = prepared if world.is_first else prepare(config.data, progress=False)
     device = pick_device(config.train.device)
     config = resolve(config, prepared, device)
     prepare_device(config, device)
-    work = workload(override(config, train={"device": str(device)}))
+    work = workload(work_of_one(config, device))
     corpus = open_corpus(prepared, config)
+    world.check_same({"corpus": corpus.hashes, "code": describe_code()})
     same = deterministic(device) if config.train.deterministic else contextlib.nullcontext()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     saved = checkpoint.newest(run_dir) if resume else None
-    changed = say_changes(saved, config, corpus.hashes) if resume else []
-    step = make_step(config, work.spec, device, saved)
+    changed = say_changes(saved, config, corpus.hashes, say=world.is_first) if resume else []
+    step = make_step(config, work.spec, device, saved, world)
     step.model.recompute(work.plan)
     if config.train.compile:
         step.model.compile_blocks()
@@ -123,27 +142,51 @@ def _run(
         "kernels": "fused" if compiled.fused_on(device) else "torch",
         "data": describe_corpus(corpus),
     }
+    start = {"from_step": at.step, "resumed_with": changed}
+
+    def begin() -> None:
+        with files.writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                _take(run_dir, held)
+                check_folder(run_dir, resume)  # another one may have begun since
+            write_manifest(run_dir, config, device=device, start=start, facts=facts)
+
+    world.on_first(begin)
     with files.writing(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            held.enter_context(files.alone(run_dir))
-            check_folder(run_dir, resume)  # another one may have begun since
-        start = {"from_step": at.step, "resumed_with": changed}
-        write_manifest(run_dir, config, device=device, start=start, facts=facts)
         upto_step = at.step if saved else None
-        log = metrics.Metrics(run_dir, upto_step=upto_step, tensorboard=config.train.tensorboard)
+        tensorboard = config.train.tensorboard
+        log = Metrics(run_dir, upto_step=upto_step, tensorboard=tensorboard, writes=world.is_first)
         tokenizer = {"tokenizer": prepared.tokenizer().save}
         last = saved.folder if saved else None
-        record = Record(run_dir, log, corpus.hashes, tokenizer, last)
+        record = Record(run_dir, log, corpus.hashes, tokenizer, last, world)
         with same, contextlib.closing(log), signals() as stop:
             loop = Loop(step, corpus.train, corpus.validation, record, stop)
-            return _result(loop, loop.run(at, progress), record, work.num_parameters())
+            with world.naming_the_lost(lambda: f"step {loop.at.step}"):
+                loop.run(at, progress)
+            return _result(loop, record, work.num_parameters())
 
 
-def _result(loop: Loop, at: Progress, record: Record, num_parameters: int) -> Result:
-    rows = metrics.read(record.log.path)
-    plot_losses({loop.config.model.linear: rows}, record.run_dir / "loss.png")
-    evaluations = record.evaluations()
+def _take(run_dir: Path, held: contextlib.ExitStack) -> None:
+    """Keep other runs out of the folder."""
+    held.enter_context(files.alone(run_dir))
+
+
+def work_of_one(config: RunConfig, device: torch.device) -> RunConfig:
+    """What one process of a run computes."""
+    return override(config, train={"device": str(device), "batch_size": share_of(config)})
+
+
+def share_of(config: RunConfig) -> int:
+    """Sequences of a batch that one process computes."""
+    return config.train.batch_size // num_shares(config.parallel)
+
+
+def _result(loop: Loop, record: Record, num_parameters: int) -> Result:
+    if record.world.is_first:
+        rows = metrics.read(record.log.path)
+        plot_losses({loop.config.model.linear: rows}, record.run_dir / "loss.png")
+    evaluations, at = record.evaluations, loop.at
     return Result(
         run_dir=record.run_dir,
         step=at.step,
@@ -217,16 +260,21 @@ def parameters_by_role(spec: ModelSpec) -> dict[str, int]:
 
 
 def make_step(
-    config: RunConfig, spec: ModelSpec, device: torch.device, saved: Checkpoint | None
+    config: RunConfig,
+    spec: ModelSpec,
+    device: torch.device,
+    saved: Checkpoint | None,
+    world: World = ALONE,
 ) -> Step:
-    """Model and optimizer: initialised, or as a checkpoint has them."""
+    """Model and optimizer: initialised, or as a checkpoint has them; this process's part."""
     spec = stored_on(spec, device, optimizers.get(config.optimizer.name))
+    lay = functools.partial(lay_out_shared, world=world)
     if saved is None:
         dtype = weights_dtype(config.train.precision)
-        model = build(spec, config.train.seed, device, dtype)
+        model = build(spec, config.train.seed, device, dtype, lay)
     else:
-        model = load_model(saved, device, spec)
-    step = Step(config, model, make_optimizer(config, model), device)
+        model = load_model(saved, device, spec, lay)
+    step = Step(config, Engine(model, world), make_optimizer(config, model), device)
     if saved is None:
         step.run_events(0)
     else:
@@ -247,5 +295,6 @@ def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optim
     settings = settings_of(section, config.train.seed)
     method, options = optimizers.get(section.name), options_of(section, section.name)
     parameters, update = model.trained(), update_of(config.train)
-    low_precision.widen_gradients(parameters, update, num_micro_batches(config.train))
+    one = override(config, train={"batch_size": share_of(config)}).train
+    low_precision.widen_gradients(parameters, update, num_micro_batches(one))
     return low_precision.build(method, parameters, options, settings, update)

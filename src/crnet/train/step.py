@@ -18,11 +18,8 @@ from crnet.config.sections import RunConfig, options_of
 from crnet.data.rows import IGNORED
 from crnet.errors import TrainingError
 from crnet.model.events import run_events
-from crnet.model.language_model import LanguageModel
+from crnet.parallel.engine import Engine, TokensAndTargets
 from crnet.storage.checkpoint import Progress
-
-TokensAndTargets = tuple[Tensor, Tensor]
-"""Tokens and targets, (B, T)."""
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
@@ -80,18 +77,17 @@ class Step:
     def __init__(
         self,
         config: RunConfig,
-        model: LanguageModel,
+        engine: Engine,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         *,
         late: bool | None = None,
     ):
         """``late``: None: on a GPU, where the optimizer allows it and nothing is sharded."""
-        self.config, self.model, self.optimizer, self.device = config, model, optimizer, device
-        self._parameters = [parameter for _, parameter in model.trained().values()]
-        can = passes_over(optimizer) and not any(
-            hasattr(each, "device_mesh") for each in self._parameters
-        )
+        self.config, self.engine, self.optimizer, self.device = config, engine, optimizer, device
+        self.model, self.world = engine.model, engine.world
+        self._parameters = [parameter for _, parameter in self.model.trained().values()]
+        can = passes_over(optimizer) and not engine.is_split
         self.late = can and (device.type == "cuda" if late is None else late)
         self._unread: Stepped | None = None
 
@@ -101,7 +97,7 @@ class Step:
         """Take one step.
 
         Args:
-            micro_batches: the batch, in parts, on the CPU.
+            micro_batches: this process's share of the batch, in parts, on the CPU.
             at: where the run stands before the step.
             good: the last checkpoint, to be named where the step fails.
         Raises:
@@ -109,9 +105,13 @@ class Step:
                 late, of the one before; the weights are not changed by it.
         """
         step, clip = at.step + 1, self.config.optimizer.clip_norm
-        num_tokens = sum(int((targets != IGNORED).sum()) for _, targets in micro_batches)
+        counts = [(targets != IGNORED).sum() for _, targets in micro_batches]
+        num_tokens = int(self.world.sum(torch.stack(counts).sum()))
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum = self._accumulate(micro_batches, num_tokens)
+        loss_sum = self.engine.accumulate(
+            list(self._on_device(micro_batches)), num_tokens, self._autocast
+        )
+        self.world.sum(loss_sum)
         norm = torch.nn.utils.get_total_norm(
             [each.grad for each in self._parameters if each.grad is not None]
         )
@@ -153,19 +153,8 @@ class Step:
 
     def run_events(self, step: int) -> None:
         """What the parameterization has due once ``step`` steps are done; the optimizer forgets."""
-        run_events(self.model, self.optimizer, step, self.config.train.seed)
-
-    def _accumulate(self, micro_batches: Sequence[TokensAndTargets], num_tokens: int) -> Tensor:
-        """Gradients of the mean over the whole batch; returns the summed loss, fp64."""
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        with self.model.fixed_weights():
-            for tokens, targets in self._on_device(micro_batches):
-                with self._autocast():
-                    micro_loss, _ = self.model(tokens, targets)
-                # By the whole step's tokens: micro-batches add up to the batch, padded or not.
-                (micro_loss / num_tokens).backward()
-                loss_sum += micro_loss.detach()
-        return loss_sum
+        around = self.engine.around_events()
+        run_events(self.model, self.optimizer, step, self.config.train.seed, around)
 
     def _on_device(self, micro_batches: Sequence[TokensAndTargets]) -> Iterable[TokensAndTargets]:
         """The micro-batches of a step; to a GPU in one copy of half the size, from pinned memory,

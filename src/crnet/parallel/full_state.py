@@ -17,18 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from crnet import optimizers
-from crnet.model.language_model import LanguageModel
-from crnet.model.padding import pad
-
-
-def is_distributed() -> bool:
-    """Whether this process is one of several."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that writes: the only one, or rank 0."""
-    return not is_distributed() or torch.distributed.get_rank() == 0
+from crnet.parallel.whole import is_split, split_like
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -41,24 +30,13 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: found[name] for name, _ in model.named_parameters() if name in found}
 
 
-def load_full_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
-    """Give every rank its share of whole weights, which every rank has read and compared."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    stored = model.spec.stored_shapes
-    wide: dict[str, Any] = {name: pad(weight, stored[name]) for name, weight in weights.items()}
-    # Not strict: a tied head has no weight of its own.
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(model, wide, options=options)
-
-
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """``optimizer.state_dict()`` with whole tensors, on the CPU of rank 0; empty on other ranks."""
-    keeps = is_first_rank()
+    keeps = torch.distributed.get_rank() == 0
 
     def whole(value: Any) -> Any:
         if isinstance(value, Tensor):
-            full: Any = value.full_tensor() if _is_sharded(value) else value  # type: ignore[attr-defined]
+            full: Any = value.full_tensor() if is_split(value) else value  # type: ignore[attr-defined]
             return full.cpu() if keeps else None
         if isinstance(value, dict):
             return {key: whole(item) for key, item in value.items()}
@@ -79,23 +57,12 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[s
     indices = [each for group in state["param_groups"] for each in group["params"]]
     shared: dict[Any, Any] = dict(state["state"])
     for parameter, index in zip(parameters, indices, strict=True):
-        if index in shared and _is_sharded(parameter):
-            shared[index] = {
-                name: _shard_like(parameter, value) for name, value in shared[index].items()
-            }
+        if index in shared and is_split(parameter):
+            shared[index] = {name: _part(parameter, value) for name, value in shared[index].items()}
     optimizers.load_state(optimizer, {**state, "state": shared})
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh")
-
-
-def _shard_like(parameter: Any, value: Any) -> Any:
-    from torch.distributed.tensor import distribute_tensor
-
+def _part(parameter: Any, value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.dim() or value.shape != parameter.shape:
         return value
-    value = value.to(parameter.device)
-    # No rank sends: each has the whole, and keeps its own part.
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+    return split_like(parameter, value)

@@ -1,0 +1,248 @@
+"""The processes that share a run: which one this is, and what they tell each other.
+
+torchrun starts them, and gives each its rank; ``joined`` brings them together. Everything that
+several processes agree on goes through a ``World``; the only process of a run has one too
+(``ALONE``), in which nothing is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from crnet.config.sections import ParallelConfig, num_processes
+from crnet.errors import ConfigError, ReportedError, TrainingError
+
+T = TypeVar("T")
+
+TIMEOUT_S = 1800
+"""That a process waits for the others: reading a corpus and writing a checkpoint lie between."""
+BEAT_S = 1.0
+"""Between two signs of life of a process."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rank: int = 0
+    size: int = 1
+    mesh: Any = None
+    """torch's ``DeviceMesh``, a dimension for each key of ``ParallelConfig``; None: one process."""
+    rows: Any = None
+    """Group of those that compute different rows with the same part of the model."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes, and speaks."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which of how many equal shares of every batch this process computes."""
+        if self.mesh is None:
+            return 0, 1
+        return dist.get_rank(self.rows), dist.get_world_size(self.rows)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add ``value`` up over the shares of the batch, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(value, group=self.rows)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any process."""
+        return bool(self.most(float(flag)))
+
+    def most(self, value: float) -> float:
+        """The largest value of all processes."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.item()
+
+    def on_first(self, do: Callable[[], T]) -> T:
+        """What the first process finds; the others wait for it.
+
+        Raises:
+            ConfigError: ``do`` raised one: on the first process that, on all others a
+                ``ReportedError``, which says nothing.
+        """
+        if self.size == 1:
+            return do()
+        found: list[Any] = [None, None]
+        error = None
+        if self.is_first:
+            try:
+                found[0] = do()
+            except ConfigError as caught:
+                error, found[1] = caught, caught.problems
+        dist.broadcast_object_list(found, src=0)
+        if error is not None:
+            raise error
+        if found[1] is not None:
+            raise ReportedError(found[1])
+        return found[0]
+
+    def check_same(self, facts: dict[str, Any]) -> None:
+        """Raise ``ConfigError`` where a process has other facts than the first one (which, and
+        what): a corpus or a version that differs between machines."""
+        if self.size == 1:
+            return
+        of_all: list[Any] = [None] * self.size
+        dist.all_gather_object(of_all, facts)
+        wrong = [
+            f"process {rank} has {name} {found.get(name)!r}, the first one {wanted!r}; all "
+            "processes of a run need the same"
+            for rank, found in enumerate(of_all)
+            for name, wanted in of_all[0].items()
+            if found.get(name) != wanted
+        ]
+        if wrong:
+            raise ConfigError(wrong) if self.is_first else ReportedError(wrong)
+
+    @contextlib.contextmanager
+    def naming_the_lost(self, where: Callable[[], str]) -> Iterator[None]:
+        """Turn a lost connection into a ``TrainingError`` that names the processes that are gone.
+
+        ``where``: what the run was at (step, last checkpoint).
+        """
+        if self.size == 1:
+            yield
+            return
+        with _signs_of_life(self) as life:
+            try:
+                yield
+            except RuntimeError as error:  # gloo's and NCCL's own
+                if not _is_lost(error):
+                    raise
+                lost = life.lost()
+                names = ", ".join(map(str, lost)) if lost else "unknown"
+                reason = str(error).splitlines()[0][:200]
+                raise TrainingError(
+                    f"rank {names} of {self.size} is gone at {where()} ({reason}); go on with "
+                    "--resume"
+                ) from error
+
+
+ALONE = World()
+
+
+@contextlib.contextmanager
+def joined(parallel: ParallelConfig) -> Iterator[World]:
+    """Bring the processes that torchrun started together, for as long as the run lasts; those that
+    the caller has brought together stay so. (A store that torchrun keeps serves one gathering.)
+
+    Raises:
+        ConfigError: there are more or fewer processes than ``parallel`` shares the run between.
+    """
+    wanted, given = num_processes(parallel), int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted != given:
+        raise ConfigError(
+            f"--parallel.* shares the run between {wanted} processes, and there "
+            f"{'is' if given == 1 else 'are'} {given}; start it with torchrun --nproc-per-node "
+            f"{wanted} -m crnet train ..., or let --parallel.* multiply to {given}"
+        )
+    if wanted == 1:
+        yield ALONE
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(local_rank())
+    if dist.is_initialized():
+        yield _world(parallel, device)
+        return
+    timeout = datetime.timedelta(seconds=TIMEOUT_S)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout)
+    yield _world(parallel, device)
+    # Not after an error: the others may be gone, and nothing more is agreed with them.
+    dist.destroy_process_group()
+
+
+def _world(parallel: ParallelConfig, device: str) -> World:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    names = tuple(each.name for each in dataclasses.fields(parallel))
+    mesh = init_device_mesh(device, dataclasses.astuple(parallel), mesh_dim_names=names)
+    rows = mesh["data", "shard"]._flatten("rows").get_group()
+    return World(parallel, dist.get_rank(), dist.get_world_size(), mesh, rows)
+
+
+def local_rank() -> int:
+    """Which process of its machine this one is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held so far: of a GPU what torch took, else all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class _Life:
+    """Signs of life of every process, in the store of the job (torchrun keeps it)."""
+
+    def __init__(self, world: World):
+        store: Any = dist.distributed_c10d._get_default_store()
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.world, self._key = world, f"crnet/life/{restart}"
+        self._store = store.clone()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._over.is_set():
+            with contextlib.suppress(RuntimeError):  # the store is gone with its machine
+                self._store.set(f"{self._key}/{self.world.rank}", str(count))
+            count += 1
+            self._over.wait(BEAT_S)
+
+    def _counts(self) -> list[bytes | None]:
+        keys = [f"{self._key}/{rank}" for rank in range(self.world.size)]
+        return [self._store.get(key) if self._store.check([key]) else None for key in keys]
+
+    def lost(self) -> list[int]:
+        """The ranks that show no more signs of life. Cost: a few seconds."""
+        try:
+            before = self._counts()
+            threading.Event().wait(3.5 * BEAT_S)
+            after = self._counts()
+        except RuntimeError:  # the store went with the machine that is gone
+            return []
+        return [rank for rank in range(self.world.size) if before[rank] == after[rank]]
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join(2 * BEAT_S)
+
+
+@contextlib.contextmanager
+def _signs_of_life(world: World) -> Iterator[_Life]:
+    life = _Life(world)
+    try:
+        yield life
+    finally:
+        life.end()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an error says that a connection to another process broke."""
+    words = ("connection", "closed by peer", "gloo", "nccl", "socket", "timed out", "read error")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

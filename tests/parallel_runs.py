@@ -1,0 +1,47 @@
+"""What the processes of ``test_parallel.py`` do: one start, run after run.
+
+    torchrun ... parallel_runs.py FOLDER
+
+FOLDER/runs.json lists the runs: name, configuration, whether it goes on. Each is trained into
+FOLDER/NAME by all processes together; what a process sees of it is in FOLDER/NAME.RANK.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from crnet.config.serialize import from_dict
+from crnet.errors import ConfigError
+from crnet.train import run as training
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    for each in json.loads((folder / "runs.json").read_text()):
+        name, config = each["name"], from_dict(each["config"])
+        try:
+            result = training.run(
+                config, folder / each["into"], resume=each["resume"], progress=False
+            )
+        except ConfigError as error:
+            seen = {"refused": error.problems}
+        except Exception:
+            traceback.print_exc()
+            raise
+        else:
+            after = result.after
+            seen = {"step": result.step, "tokens": result.tokens, "loss": after and after.loss}
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Runs that two and four processes share, over gloo on the CPU, against the same run of one.
+
+The processes of a world size are started once (``parallel_runs.py``) and train everything in
+``RUNS``; the tests read what was written. Against one process, figures agree to rounding: rows are
+added in another order. Between processes, and before and after a resume, they agree to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crnet.config.check import check
+from crnet.config.sections import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from crnet.config.serialize import override, to_dict
+from crnet.errors import ConfigError
+from crnet.storage import checkpoint, metrics
+from crnet.train import run as training
+
+STEPS = 6
+BASE = RunConfig(
+    model=ModelConfig(hidden_size=32, intermediate_size=48, num_layers=3, num_heads=2, rank="8"),
+    data=DataConfig(
+        documents="paragraph",
+        vocab_size=300,
+        sequence_length=16,
+        validation_tokens=600,
+        rows="document",  # padded: no two processes have as many targets
+    ),
+    train=TrainConfig(
+        steps=STEPS,
+        batch_size=8,
+        threads=1,
+        device="cpu",
+        log_every_steps=1,
+        eval_every_steps=3,
+        save_every_steps=3,
+        keep_checkpoints=0,
+    ),
+)
+RELORA = {"linear": "relora", "relora": {"reset_every": 2}}
+WHAT: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "accumulated": {"train": {"micro_batch_size": 1}},
+    "replay": {"train": {"recompute": "replay"}},
+    "bf16-mixed": {"train": {"precision": "bf16-mixed"}},
+    "full": {"model": {"linear": "full", "tie_embeddings": True}},
+    "attnres": {"model": {"linear": "lowrank", "stream": "attnres"}},
+}
+"""What is trained, by what differs from ``BASE``."""
+LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
+    2: {"data": {"data": 2}, "shard": {"shard": 2}},
+    4: {"data x shard": {"data": 2, "shard": 2}, "data 4": {"data": 4}},
+}
+"""By number of processes: how they share a run."""
+CLOSE = {"bf16-mixed": 2e-3}
+"""Relative difference of a loss that counts as rounding, where it is not 2e-5: products in bf16
+round by 2^-9, and which rows are added first decides some of them."""
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes")
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    config: RunConfig
+    into: str
+    resume: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        return {**vars(self), "config": to_dict(self.config)}
+
+
+def configured(corpus: Path, what: str, **parallel: int) -> RunConfig:
+    found = override(BASE, data={"source": (str(corpus),)}, parallel=parallel)
+    return override(found, **WHAT[what])
+
+
+def runs_of(size: int, corpus: Path) -> list[Run]:
+    found = []
+    for layout, sizes in LAYOUTS[size].items():
+        names = WHAT if size == 2 else ("plain", "accumulated")
+        for what in names:
+            name = f"{layout}, {what}"
+            found.append(Run(name, configured(corpus, what, **sizes), name))
+    return found
+
+
+def launch(size: int, folder: Path, runs: list[Run]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "runs.json").write_text(json.dumps([each.plain() for each in runs]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(size), str(Path(__file__).with_name("parallel_runs.py"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(folder)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[:4000]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """Every run, by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for what in WHAT:
+        training.run(configured(corpus, what), folder / what, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[int, Path]:
+    """Every run, by two and by four processes; then some of them go on in another layout."""
+    root = tmp_path_factory.mktemp("shared")
+    found = {size: root / str(size) for size in LAYOUTS}
+    for size, folder in found.items():
+        launch(size, folder, runs_of(size, corpus))
+    return found
+
+
+def losses(folder: Path) -> list[float]:
+    rows = metrics.read(folder / "metrics.jsonl")
+    return [row.get("loss", row.get("val_loss")) for row in rows]
+
+
+CASES = [
+    (size, layout, what)
+    for size, layouts in LAYOUTS.items()
+    for layout in layouts
+    for what in (WHAT if size == 2 else ("plain", "accumulated"))
+]
+
+
+@pytest.mark.parametrize(("size", "layout", "what"), CASES)
+def test_as_one_process(
+    size: int, layout: str, what: str, shared: dict[int, Path], alone: Path
+) -> None:
+    """The same losses of training and of evaluation, the same tokens, the same weights."""
+    ours, theirs = shared[size] / f"{layout}, {what}", alone / what
+    close = CLOSE.get(what, 2e-5)
+    assert losses(ours) == pytest.approx(losses(theirs), rel=close)
+    rows, wanted = (metrics.read(each / "metrics.jsonl") for each in (ours, theirs))
+    for key in ("step", "tokens", "val_tokens", "lr"):
+        assert [row.get(key) for row in rows] == [row.get(key) for row in wanted], key
+    saved, other = checkpoint.newest(ours), checkpoint.newest(theirs)
+    assert saved is not None
+    assert other is not None
+    assert saved.progress == other.progress
+    found, weights = saved.weights(), other.weights()
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        # AdamW moves an item whose gradient is rounding alone by up to its rate, 1e-3, a step.
+        atol = 3e-2 if what in CLOSE else 1e-3
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=atol, msg=name)
+    state, their_state = saved.state()["optimizer"], other.state()["optimizer"]
+    assert state["state"].keys() == their_state["state"].keys()
+
+
+@pytest.mark.parametrize(("size", "layout", "what"), CASES)
+def test_every_process_tells_the_same(
+    size: int, layout: str, what: str, shared: dict[int, Path]
+) -> None:
+    seen = [
+        json.loads((shared[size] / f"{layout}, {what}.{rank}.json").read_text())
+        for rank in range(size)
+    ]
+    assert seen == seen[:1] * size
+    assert seen[0]["step"] == STEPS
+
+
+def test_goes_on_in_every_other_layout(
+    shared: dict[int, Path], corpus: Path, tmp_path: Path, alone: Path
+) -> None:
+    """4 processes -> 2 that split -> 2 copies -> 1, three steps each; rows in the same order."""
+    order: list[tuple[int, dict[str, int]]] = [
+        (4, {"data": 2, "shard": 2}),
+        (2, {"shard": 2}),
+        (2, {"data": 2}),
+        (1, {}),
+    ]
+    folder = tmp_path / "runs"
+    longer = {"steps": 12, "save_every_steps": 3, "eval_every_steps": 0}
+    base = override(configured(corpus, "plain"), train=longer)
+    whole = tmp_path / "whole"
+    training.run(base, whole, progress=False)
+    for part, (size, sizes) in enumerate(order):
+        config = override(base, parallel=sizes, train={"steps": 12})
+        stop = 3 * (part + 1)
+        for late in (folder / "run" / "checkpoints").glob("step_*") if part else ():
+            if int(late.name[5:]) > stop - 3:  # as if it had been killed there
+                subprocess.run(["rm", "-r", str(late)], check=True)
+        if size == 1:
+            training.run(config, folder / "run", resume=True, progress=False)
+        else:
+            launch(size, folder, [Run(f"part {part}", config, "run", resume=bool(part))])
+    assert losses(folder / "run") == pytest.approx(losses(whole), rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"parallel": {"data": 3}}, "is not divided by the 3 processes"),
+        ({"parallel": {"data": 2}, "train": {"micro_batch_size": 8}}, None),
+        (
+            {"parallel": {"data": 2}, "train": {"batch_size": 12, "micro_batch_size": 4}},
+            "does not divide",
+        ),
+        ({"parallel": {"shard": 2}, "optimizer": {"name": "muon"}}, "needs whole matrices"),
+        ({"parallel": {"shard": 2}, "train": {"precision": "bf16"}}, "bf16-mixed"),
+        ({"parallel": {"data": 0}}, "must be above zero"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    sections: dict[str, dict[str, Any]], words: str | None
+) -> None:
+    config = override(BASE, **sections)
+    if words is None:
+        check(config)
+    else:
+        with pytest.raises(ConfigError, match=words):
+            check(config)
+
+
+def test_another_number_of_processes_is_refused(corpus: Path, tmp_path: Path) -> None:
+    config = configured(corpus, "plain", data=2)
+    with pytest.raises(ConfigError, match=r"between 2 processes, and there is 1; start it with"):
+        training.run(config, tmp_path / "run", progress=False)
+
+
+def command(corpus: Path, out: Path, *words: str) -> list[str]:
+    config = override(configured(corpus, "plain"), train={"steps": 400, "save_every_steps": 20})
+    from crnet.config.serialize import command_line
+
+    return [sys.executable, "-m", "crnet", *command_line(config), "--out", str(out), *words]
+
+
+def test_the_command_starts_its_processes_and_a_killed_one_is_named(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """kill -9 of one process: the other names it and the step, and the same command goes on."""
+    out = tmp_path / "run"
+    words = command(corpus, out, "--parallel.data", "2", "--resume", "auto")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as started:
+        while not list(out.glob("checkpoints/step_*")):
+            assert started.poll() is None, started.stderr and started.stderr.read()
+            time.sleep(0.1)
+        listed = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(started.pid)], capture_output=True, text=True
+        )
+        pids = [int(word) for word in listed.stdout.split()]
+        ranks = {_variable(pid, "RANK"): pid for pid in pids}
+        os.kill(ranks["1"], signal.SIGKILL)
+        began_s = time.monotonic()
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == 1
+    assert time.monotonic() - began_s < 60
+    assert "rank 1 was ended by SIGKILL" in said
+    assert "rank 1 of 2 is gone at step " in said
+    assert "Traceback" not in said
+
+
+def _variable(pid: int, name: str) -> str | None:
+    content = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    found = dict(each.partition(b"=")[::2] for each in content if each)
+    value = found.get(name.encode())
+    return value.decode() if value is not None else None
+
+
+def test_sizes_are_declared_once() -> None:
+    names = [each.name for each in dataclasses.fields(ParallelConfig)]
+    assert names == ["data", "shard"]
