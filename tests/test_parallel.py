@@ -22,9 +22,17 @@ import pytest
 import torch
 
 from crnet.config.check import check
-from crnet.config.sections import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from crnet.config.serialize import override, to_dict
+from crnet.config.sections import (
+    SIZES,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from crnet.config.serialize import command_line, override, read_json, to_dict
 from crnet.errors import ConfigError
+from crnet.inference.load import load_model
 from crnet.storage import checkpoint, metrics
 from crnet.train import run as training
 
@@ -49,13 +57,13 @@ BASE = RunConfig(
         keep_checkpoints=0,
     ),
 )
-RELORA = {"linear": "relora", "relora": {"reset_every": 2}}
 WHAT: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "accumulated": {"train": {"micro_batch_size": 1}},
     "replay": {"train": {"recompute": "replay"}},
     "bf16-mixed": {"train": {"precision": "bf16-mixed"}},
     "full": {"model": {"linear": "full", "tie_embeddings": True}},
+    "parts": {"parallel": {"checkpoint": "parts"}},
     "attnres": {"model": {"linear": "lowrank", "stream": "attnres"}},
 }
 """What is trained, by what differs from ``BASE``."""
@@ -83,8 +91,8 @@ class Run:
 
 
 def configured(corpus: Path, what: str, **parallel: int) -> RunConfig:
-    found = override(BASE, data={"source": (str(corpus),)}, parallel=parallel)
-    return override(found, **WHAT[what])
+    found = override(override(BASE, **WHAT[what]), data={"source": (str(corpus),)})
+    return override(found, parallel=parallel)
 
 
 def runs_of(size: int, corpus: Path) -> list[Run]:
@@ -182,9 +190,9 @@ def test_goes_on_in_every_other_layout(
     shared: dict[int, Path], corpus: Path, tmp_path: Path, alone: Path
 ) -> None:
     """4 processes -> 2 that split -> 2 copies -> 1, three steps each; rows in the same order."""
-    order: list[tuple[int, dict[str, int]]] = [
-        (4, {"data": 2, "shard": 2}),
-        (2, {"shard": 2}),
+    order: list[tuple[int, dict[str, Any]]] = [
+        (4, {"data": 2, "shard": 2, "checkpoint": "parts"}),
+        (2, {"shard": 2, "checkpoint": "parts"}),
         (2, {"data": 2}),
         (1, {}),
     ]
@@ -203,6 +211,10 @@ def test_goes_on_in_every_other_layout(
             training.run(config, folder / "run", resume=True, progress=False)
         else:
             launch(size, folder, [Run(f"part {part}", config, "run", resume=bool(part))])
+        saved = checkpoint.newest(folder / "run")
+        assert saved is not None
+        assert saved.in_parts == (sizes.get("checkpoint") == "parts")
+        load_model(saved)  # by one process, whatever has written it
     assert losses(folder / "run") == pytest.approx(losses(whole), rel=2e-5)
 
 
@@ -237,37 +249,67 @@ def test_another_number_of_processes_is_refused(corpus: Path, tmp_path: Path) ->
         training.run(config, tmp_path / "run", progress=False)
 
 
-def command(corpus: Path, out: Path, *words: str) -> list[str]:
-    config = override(configured(corpus, "plain"), train={"steps": 400, "save_every_steps": 20})
-    from crnet.config.serialize import command_line
+def words_of(config: RunConfig, out: Path, *more: str) -> list[str]:
+    return ["-m", "crnet", *command_line(config), "--out", str(out), *more]
 
-    return [sys.executable, "-m", "crnet", *command_line(config), "--out", str(out), *words]
+
+def kill_a_rank(started: subprocess.Popen[str], parent: int, out: Path) -> None:
+    """kill -9 of rank 1, once a checkpoint is there."""
+    while not list(out.glob("checkpoints/step_*")):
+        assert started.poll() is None, started.stderr and started.stderr.read()
+        time.sleep(0.05)
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=True
+    )
+    ranks = {_variable(int(word), "RANK"): int(word) for word in listed.stdout.split()}
+    os.kill(ranks["1"], signal.SIGKILL)
 
 
 def test_the_command_starts_its_processes_and_a_killed_one_is_named(
     corpus: Path, tmp_path: Path
 ) -> None:
-    """kill -9 of one process: the other names it and the step, and the same command goes on."""
-    out = tmp_path / "run"
-    words = command(corpus, out, "--parallel.data", "2", "--resume", "auto")
+    out, long = tmp_path / "run", {"steps": 4000, "save_every_steps": 20}
+    config = override(configured(corpus, "plain", data=2), train=long)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as started:
-        while not list(out.glob("checkpoints/step_*")):
-            assert started.poll() is None, started.stderr and started.stderr.read()
-            time.sleep(0.1)
-        listed = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(started.pid)], capture_output=True, text=True
-        )
-        pids = [int(word) for word in listed.stdout.split()]
-        ranks = {_variable(pid, "RANK"): pid for pid in pids}
-        os.kill(ranks["1"], signal.SIGKILL)
+    command = [sys.executable, *words_of(config, out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as started:
+        kill_a_rank(started, started.pid, out)
         began_s = time.monotonic()
-        _, said = started.communicate(timeout=60)
+        _, text = started.communicate(timeout=60)
     assert started.returncode == 1
     assert time.monotonic() - began_s < 60
-    assert "rank 1 was ended by SIGKILL" in said
-    assert "rank 1 of 2 is gone at step " in said
-    assert "Traceback" not in said
+    assert "rank 1 was ended by SIGKILL" in text
+    assert "rank 1 of 2 is gone at step " in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "parts"])
+def test_torchrun_starts_again_and_loses_nothing(kind: str, corpus: Path, tmp_path: Path) -> None:
+    """kill -9 of a rank: all go on from the last whole checkpoint, and end with the same bits as a
+    run that nobody disturbed."""
+    how = {"steps": 60, "save_every_steps": 10, "eval_every_steps": 0}
+    config = override(configured(corpus, "plain", shard=2, checkpoint=kind), train=how)
+    found = {}
+    for name in ("undisturbed", "killed"):
+        out = tmp_path / name
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", "--max-restarts", "1"]
+        command += words_of(config, out, "--resume", "auto")
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=environment
+        ) as started:
+            if name == "killed":
+                kill_a_rank(started, started.pid, out)
+            _, text = started.communicate(timeout=240)
+        assert started.returncode == 0, text[-3000:]
+        found[name] = checkpoint.newest(out)
+    assert read_json(tmp_path / "killed" / "run.json")["from_step"] >= 10
+    killed, undisturbed = found["killed"], found["undisturbed"]
+    assert killed.progress == undisturbed.progress
+    for name, weight in undisturbed.weights().items():
+        assert torch.equal(killed.weights()[name], weight), name
 
 
 def _variable(pid: int, name: str) -> str | None:
@@ -277,6 +319,6 @@ def _variable(pid: int, name: str) -> str | None:
     return value.decode() if value is not None else None
 
 
-def test_sizes_are_declared_once() -> None:
-    names = [each.name for each in dataclasses.fields(ParallelConfig)]
-    assert names == ["data", "shard"]
+def test_sizes_are_keys() -> None:
+    names = {each.name for each in dataclasses.fields(ParallelConfig)}
+    assert {*SIZES} == names - {"checkpoint"}

@@ -9,6 +9,7 @@ that has options is found behind its seam and has a field here under its name.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -190,11 +191,18 @@ class ParallelConfig:
     """Copies of the model, each with its share of every batch."""
     shard: Free[int] = 1
     """Processes that split the weights, gradients and optimizer state of a copy, and its share."""
+    checkpoint: Free[Literal["whole", "parts"]] = "whole"
+    """whole: the first process gathers a checkpoint and writes it; parts: every process writes what
+    it has, while training goes on. Either is read by any number of processes."""
+
+
+SIZES = ("data", "shard")
+"""The keys of ``ParallelConfig`` that multiply, in the order of torch's device mesh."""
 
 
 def num_processes(parallel: ParallelConfig) -> int:
     """How many processes the sizes ask for."""
-    return parallel.data * parallel.shard
+    return math.prod(getattr(parallel, key) for key in SIZES)
 
 
 def num_shares(parallel: ParallelConfig) -> int:

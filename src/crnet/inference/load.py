@@ -21,7 +21,8 @@ from crnet.linears._maps import dtype_of
 from crnet.model.build import copy_into, lay_out, to_memory
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import pad, stored_on
-from crnet.storage.checkpoint import WEIGHTS, Checkpoint
+from crnet.storage import parts
+from crnet.storage.checkpoint import IN_WEIGHTS, WEIGHTS, Checkpoint
 
 
 def load_model(
@@ -46,12 +47,35 @@ def load_model(
         spec = spec or stored_on(model_spec(config), device)
     except (ValueError, ArithmeticError) as error:
         raise ConfigError(f"{saved.folder}: its model cannot be built ({error})") from error
-    weights = saved.weights()
     dtype = weights_dtype(saved.config.train.precision)
+    if saved.in_parts and spec.width_multiple == 1:
+        return _from_parts(saved, device, spec, lay, dtype)
+    weights = saved.weights()
     check_weights(spec, weights, dtype, saved.folder / WEIGHTS)
     model = lay(spec)
     to_memory(model, device, dtype)
     copy_weights(model, weights)
+    return model
+
+
+def _from_parts(
+    saved: Checkpoint,
+    device: torch.device | str,
+    spec: ModelSpec,
+    lay: Callable[[ModelSpec], LanguageModel],
+    dtype: torch.dtype,
+) -> LanguageModel:
+    """From parts into the model's own memory, or into this process's part of it."""
+    weights = {
+        name.removeprefix(IN_WEIGHTS): torch.empty(shape, dtype=found, device="meta")
+        for name, (shape, found) in parts.declared(saved.folder).items()
+        if name.startswith(IN_WEIGHTS)
+    }
+    check_weights(spec, weights, dtype, saved.folder / parts.INDEX)
+    model = lay(spec)
+    to_memory(model, device, dtype)
+    own = {f"{IN_WEIGHTS}{name}": each.detach() for name, each in model.named_parameters()}
+    parts.read_into(saved.folder, own)
     return model
 
 

@@ -11,6 +11,7 @@ the whole batch, wherever it is computed. So the step is the same however the ba
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -109,6 +110,8 @@ def split(model: LanguageModel, world: World) -> None:
     """Split a laid out model over processes: each block is gathered for itself, when it runs."""
     from torch.distributed.fsdp import fully_shard
 
+    # What a block returns may be a view, and nobody changes it in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = world.mesh["data", "shard"] if world.parallel.data > 1 else world.mesh["shard"]
     for part in (*model.sharded_parts(), model):
         sharded: Any = fully_shard(part, mesh=mesh)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from crnet.config.sections import ParallelConfig, num_processes
 
-
 PROGRAM = __name__.partition(".")[0]
 
 

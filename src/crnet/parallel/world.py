@@ -8,7 +8,6 @@ several processes agree on goes through a ``World``; the only process of a run h
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import os
 import resource
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from crnet.config.sections import ParallelConfig, num_processes
+from crnet.config.sections import SIZES, ParallelConfig, num_processes
 from crnet.errors import ConfigError, ReportedError, TrainingError
 
 T = TypeVar("T")
@@ -43,6 +42,8 @@ class World:
     """torch's ``DeviceMesh``, a dimension for each key of ``ParallelConfig``; None: one process."""
     rows: Any = None
     """Group of those that compute different rows with the same part of the model."""
+    aside: Any = None
+    """Group of all, on the CPU, for what goes on beside training."""
 
     @property
     def is_first(self) -> bool:
@@ -176,10 +177,11 @@ def joined(parallel: ParallelConfig) -> Iterator[World]:
 def _world(parallel: ParallelConfig, device: str) -> World:
     from torch.distributed.device_mesh import init_device_mesh
 
-    names = tuple(each.name for each in dataclasses.fields(parallel))
-    mesh = init_device_mesh(device, dataclasses.astuple(parallel), mesh_dim_names=names)
+    sizes = tuple(getattr(parallel, key) for key in SIZES)
+    mesh = init_device_mesh(device, sizes, mesh_dim_names=SIZES)
     rows = mesh["data", "shard"]._flatten("rows").get_group()
-    return World(parallel, dist.get_rank(), dist.get_world_size(), mesh, rows)
+    aside = dist.new_group(backend="gloo") if parallel.checkpoint == "parts" else None
+    return World(parallel, dist.get_rank(), dist.get_world_size(), mesh, rows, aside)
 
 
 def local_rank() -> int:

@@ -5,6 +5,8 @@
       state.pt              optimizer and random states (torch.load with weights_only=True)
       checkpoint.json       step, position in the data, tokens, configuration, hashes
       tokenizer.json|.model what the caller adds, here the tokenizer
+      .metadata, *.distcp   in the place of the weights and of the state's tensors, where processes
+                            wrote the parts that they have (``parts``)
       checksums.json        size and sha256 of every file above; written last
 
 It is written under another name, synced to the disk file by file, and renamed; the folder is then
@@ -20,7 +22,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +37,7 @@ from torch import Tensor
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import from_dict, read_json, to_dict
 from crnet.errors import ConfigError
+from crnet.storage import parts
 from crnet.storage.files import UNFINISHED, is_name, sha256, sync, write_json
 
 FORMAT = 1
@@ -44,6 +47,12 @@ WEIGHTS, STATE, DESCRIPTION, CHECKSUMS = (
     "checkpoint.json",
     "checksums.json",
 )
+
+
+PART = "part"
+"""Key of a dict that stands for a tensor in a state: its name among the parts."""
+IN_WEIGHTS, IN_STATE = "weights/", "state/"
+"""What the names of parts begin with."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,9 @@ class Contents:
     """Whatever else JSON can hold."""
     files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     """By what it is, a function that writes it into an existing folder."""
+    parts: Callable[[Path], None] | None = None
+    """Where several processes hold the tensors: waits until all have written their parts into that
+    folder. ``weights`` are empty then, and ``state`` names its tensors (``PART``)."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +107,17 @@ class Checkpoint:
                 [f"{self.folder / DESCRIPTION}: {problem}" for problem in error.problems]
             ) from error
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether several processes wrote the tensors, each its own."""
+        return not os.path.exists(self.folder / WEIGHTS)
+
     def weights(self) -> dict[str, Tensor]:
-        """Every weight by name, on the CPU, in the dtype it was saved in."""
+        """Every weight by name, whole, on the CPU, in the dtype it was saved in."""
+        if self.in_parts:
+            names = [name for name in parts.declared(self.folder) if name.startswith(IN_WEIGHTS)]
+            found = parts.read(self.folder, names)
+            return {name.removeprefix(IN_WEIGHTS): weight for name, weight in found.items()}
         path = self.folder / WEIGHTS
         try:
             os.fspath(path).encode()
@@ -105,7 +126,17 @@ class Checkpoint:
         return _loaded(lambda: safetensors.torch.load_file(path), path)
 
     def state(self) -> dict[str, Any]:
-        """Optimizer and random states, on the CPU. Raises ``ConfigError`` where it is damaged."""
+        """Optimizer and random states, whole, on the CPU.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        found = self.state_without_parts()
+        names = list(named_parts(found))
+        return with_parts(found, parts.read(self.folder, names)) if names else found
+
+    def state_without_parts(self) -> dict[str, Any]:
+        """The same with the names of tensors that are in parts (``named_parts``)."""
         path = self.folder / STATE
         if not self.state_verified:
             _verify_file(path, read_json(self.folder / CHECKSUMS).get(STATE))
@@ -117,6 +148,30 @@ class Checkpoint:
         if not isinstance(found, dict):
             raise ConfigError(f"{path}: altered (it holds a {type(found).__name__})")
         return found
+
+
+def named_parts(state: Any) -> Iterator[str]:
+    """The names of tensors that a state names and does not hold."""
+    if isinstance(state, Mapping):
+        if state.keys() == {PART}:
+            yield state[PART]
+        else:
+            for each in state.values():
+                yield from named_parts(each)
+    elif isinstance(state, (list, tuple)):
+        for each in state:
+            yield from named_parts(each)
+
+
+def with_parts(state: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The state with those tensors in the place of their names."""
+    if isinstance(state, Mapping):
+        if state.keys() == {PART}:
+            return tensors[state[PART]]
+        return {key: with_parts(each, tensors) for key, each in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(with_parts(each, tensors) for each in state)
+    return state
 
 
 def _loaded(load: Callable[[], dict[str, Tensor]], path: Path) -> dict[str, Tensor]:
@@ -134,14 +189,10 @@ def save(run_dir: Path, contents: Contents, keep: int) -> Path:
             untouched and nothing half-written stays.
     Cost: weights and state once to the disk, and once more to hash them.
     """
-    root = run_dir / "checkpoints"
-    target = root / f"step_{contents.progress.step}"
-    unfinished = root / f"{UNFINISHED}{target.name}"
+    target, unfinished = _places(run_dir, contents.progress.step)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(f"{UNFINISHED}*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        unfinished.mkdir()
+        if contents.parts is None:
+            begin(run_dir, contents.progress.step)
         _write(contents, unfinished)
         _publish(unfinished, target)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -155,10 +206,33 @@ def save(run_dir: Path, contents: Contents, keep: int) -> Path:
     return target
 
 
+def _places(run_dir: Path, step: int) -> tuple[Path, Path]:
+    """A checkpoint's folder, and its name while it is written."""
+    root = run_dir / "checkpoints"
+    return root / f"step_{step}", root / f"{UNFINISHED}step_{step}"
+
+
+def begin(run_dir: Path, step: int) -> Path:
+    """Make the folder that a checkpoint is written in; those of killed processes are removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    _, unfinished = _places(run_dir, step)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in unfinished.parent.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir()
+    return unfinished
+
+
 def _write(contents: Contents, folder: Path) -> None:
     """Every file of a checkpoint, its checksums last."""
-    weights = {name: each.detach().cpu().contiguous() for name, each in contents.weights.items()}
-    safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    if contents.parts is not None:
+        contents.parts(folder)
+    else:
+        weights = {name: it.detach().cpu().contiguous() for name, it in contents.weights.items()}
+        safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     _write_state(contents.state, folder / STATE)
     description = {
         "format": FORMAT,
@@ -308,7 +382,7 @@ def _verify(folder: Path, with_state: bool) -> None:
             )
         if name != STATE or with_state:
             _verify_file(folder / name, wanted)
-    for name in (WEIGHTS, STATE, DESCRIPTION):
+    for name in (parts.INDEX if parts.INDEX in sums else WEIGHTS, STATE, DESCRIPTION):
         if name not in sums:
             raise ConfigError(f"{folder / CHECKSUMS}: does not speak of {name}")
 

@@ -14,11 +14,12 @@ from tqdm import tqdm
 from crnet.config.sections import RunConfig
 from crnet.data.rows import Batches, Rows
 from crnet.inference.evaluate import Evaluation, Precision, evaluate_unless
+from crnet.parallel.saving import taken_apart, weights_in_parts
 from crnet.parallel.world import ALONE, World, peak_bytes
 from crnet.recompute.plan import Added
-from crnet.storage import checkpoint, metrics
+from crnet.storage import checkpoint, metrics, parts
 from crnet.storage.checkpoint import Contents, Progress
-from crnet.train.resume import all_weights, snapshot
+from crnet.train.resume import all_weights, random_states, snapshot
 from crnet.train.signals import Stop
 from crnet.train.step import Step, Stepped
 
@@ -47,25 +48,52 @@ class Record:
             if "val_loss" in row
         }
         """What has been evaluated so far, by step."""
+        self._pending: tuple[Contents, Any] | None = None
+        """A checkpoint in parts that is being written, and its future."""
 
     def has(self, step: int) -> bool:
         """Whether the last checkpoint is of that step."""
         return self.last_checkpoint is not None and self.last_checkpoint.name == f"step_{step}"
 
     def save(self, at: Progress, step: Step) -> None:
-        """Write a checkpoint of model and optimizer."""
+        """Write a checkpoint of model and optimizer; in parts, begin to."""
         self.log.sync()
-        contents = Contents(
-            weights=all_weights(step.model),
-            state=snapshot(step.optimizer, step.model.spec),
-            config=step.config,
-            progress=at,
-            extra=self.extra,
-            files=self.files,
-        )
-        self.last_checkpoint = self.run_dir / "checkpoints" / f"step_{at.step}"
-        keep = step.config.train.keep_checkpoints
+        self.finish()
+        if self.world.size > 1 and step.config.parallel.checkpoint == "parts":
+            self._begin_parts(at, step)
+            return
+        weights, state = all_weights(step.model), snapshot(step.optimizer, step.model.spec)
+        self._publish(Contents(weights, state, step.config, at, self.extra, self.files))
+
+    def _begin_parts(self, at: Progress, step: Step) -> None:
+        state, tensors = taken_apart(step.optimizer)
+        tensors |= weights_in_parts(step.model)
+        folder = self.world.on_first(lambda: checkpoint.begin(self.run_dir, at.step))
+        written = parts.write_later(folder, tensors, self.world.aside)
+
+        def wait(_: Path) -> None:
+            if error := written.exception():  # no Exception: torch's own kind
+                raise OSError(str(error))
+
+        state = {"optimizer": state, **random_states(step.device)}
+        contents = Contents({}, state, step.config, at, self.extra, self.files, wait)
+        self._pending = contents, written
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Publish the checkpoint in parts that is being written; where not ``wait``, if it is."""
+        if self._pending is None:
+            return
+        contents, written = self._pending
+        if not wait and self.world.any(not written.done()):
+            return
+        self._pending = None
+        written.exception()  # every process has written; the first one says it if it could not
+        self._publish(contents)
+
+    def _publish(self, contents: Contents) -> None:
+        keep = contents.config.train.keep_checkpoints
         self.world.on_first(lambda: checkpoint.save(self.run_dir, contents, keep))
+        self.last_checkpoint = self.run_dir / "checkpoints" / f"step_{contents.progress.step}"
 
 
 class Loop:
@@ -113,12 +141,15 @@ class Loop:
             self._log(at, done, bar)
             if self._evaluation_due(at.step) and (found := self._evaluate(at, bar)):
                 _write(bar, _progress_line(at, found))
+            record.finish(wait=False)
             if self._is_last(at) or _is_due(at.step, train.save_every_steps):
                 record.save(at, self._step)
         bar.close()
+        record.finish()
         if not self.finished(at) and not record.has(at.step):
             self._step.check()
             record.save(at, self._step)
+            record.finish()
         return at
 
     def _stopping(self) -> bool:

@@ -160,12 +160,15 @@ def snapshot(optimizer: torch.optim.Optimizer, spec: ModelSpec) -> dict[str, Any
     """
     parameters = _parameters(optimizer)
     found = full_optimizer_state(optimizer) if _any_split(parameters) else optimizer.state_dict()
-    found = cut_state(found, spec)
-    state: dict[str, Any] = {"optimizer": found, "torch_rng": torch.get_rng_state()}
-    device = parameters[0].device
+    return {"optimizer": cut_state(found, spec), **random_states(parameters[0].device)}
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """torch's, of the CPU and of that device."""
+    found = {"torch_rng": torch.get_rng_state()}
     if device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state(device)
-    return state
+        found["cuda_rng"] = torch.cuda.get_rng_state(device)
+    return found
 
 
 def restore(
@@ -178,6 +181,11 @@ def restore(
     split = _any_split(_parameters(optimizer))
     load = load_full_optimizer_state if split else optimizers.load_state
     load(optimizer, pad_state(state["optimizer"], spec))
+    set_random_states(state, device)
+
+
+def set_random_states(state: Mapping[str, Any], device: torch.device) -> None:
+    """Inverse of ``random_states``."""
     torch.set_rng_state(state["torch_rng"])
     if device.type == "cuda" and "cuda_rng" in state:
         found = state["cuda_rng"]  # older checkpoints: a list, of every GPU

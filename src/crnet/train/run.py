@@ -42,6 +42,7 @@ from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
 from crnet.optimizers import _low_precision as low_precision
 from crnet.parallel.engine import Engine, lay_out_shared
+from crnet.parallel.saving import put_together
 from crnet.parallel.world import ALONE, World, joined
 from crnet.report.plots import plot_losses
 from crnet.storage import checkpoint, files, metrics
@@ -50,7 +51,13 @@ from crnet.storage.manifest import describe_code, write_manifest
 from crnet.storage.metrics import Metrics
 from crnet.train.deterministic import deterministic
 from crnet.train.loop import Loop, Record
-from crnet.train.resume import check_folder, check_plugins, restore, say_changes
+from crnet.train.resume import (
+    check_folder,
+    check_plugins,
+    restore,
+    say_changes,
+    set_random_states,
+)
 from crnet.train.signals import signals
 from crnet.train.step import Step
 
@@ -278,9 +285,15 @@ def make_step(
     if saved is None:
         step.run_events(0)
     else:
-        state = saved.state()
         try:
-            restore(step.optimizer, state, device, spec)
+            if saved.in_parts and step.engine.is_split and spec.width_multiple == 1:
+                state = saved.state_without_parts()
+                put_together(step.optimizer, saved, state["optimizer"])
+                set_random_states(state, device)
+            else:
+                restore(step.optimizer, saved.state(), device, spec)
+        except ConfigError:
+            raise
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise ConfigError(
                 f"{saved.folder / checkpoint.STATE}: is not the state of this optimizer ({error}); "
