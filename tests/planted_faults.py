@@ -488,6 +488,72 @@ FAULTS = [
         "return _cosine(",
         "test_schedules.py::test_jagged_cosine_of_relora",
     ),
+    # Processes that share a run.
+    fault(
+        "split gradients are averaged",
+        "parallel/engine.py",
+        "sharded.set_gradient_divide_factor(1.0)",
+        "sharded.set_gradient_divide_factor(2.0)",
+        "test_contract_parallel.py::test_as_one_process[optimizers-adamw-0]",
+    ),
+    fault(
+        "gradients of copies are averaged",
+        "parallel/engine.py",
+        "lambda done: done.value()[0]",
+        "lambda done: done.value()[0] / 2",
+        "test_contract_parallel.py::test_as_one_process[optimizers-adamw-0]",
+    ),
+    fault(
+        "every process draws its own numbers",
+        "model/seeds.py",
+        'text = "\\0".join((str(seed), *words))',
+        'text = "\\0".join((str(seed), str(torch.distributed.is_initialized() '
+        "and torch.distributed.get_rank()), *words))",
+        "test_contract_parallel.py::test_as_one_process[linears-crnet-0]",
+    ),
+    fault(
+        "an event is done to parts, not to whole tensors",
+        "parallel/engine.py",
+        "return whole_parameters if self.is_split else plainly",
+        "return plainly",
+        "test_contract_parallel.py::test_as_one_process[linears-relora-1]",
+    ),
+    fault(
+        "processes forget different items",
+        "model/events.py",
+        'generator = generator_of(seed, name, str(step), "forget")',
+        "generator = generator_of(seed + (torch.distributed.is_initialized() "
+        'and torch.distributed.get_rank()), name, str(step), "forget")',
+        "test_owners.py::test_steps_are_those_of_one_process",
+    ),
+    fault(
+        "an owner keeps what it computed",
+        "parallel/owners.py",
+        "local.copy_(part.view(local.shape))",
+        "local.copy_(local if each.owner == self._rank else part.view(local.shape))",
+        "test_owners.py::test_steps_are_those_of_one_process",
+    ),
+    fault(
+        "an owner's state is not saved",
+        "parallel/full_state.py",
+        "return box[0]",
+        "return None",
+        "test_owners.py::test_steps_are_those_of_one_process",
+    ),
+    fault(
+        "states are counted as if none had an owner",
+        "cost/shared.py",
+        "if num_ranks > 1:",
+        "if num_ranks > 2:",
+        "test_owners.py::test_bytes_of_every_process",
+    ),
+    fault(
+        "owners are given out in turn",
+        "optimizers/_sharing.py",
+        "loads[rank] += spec.num_items",
+        "loads[rank] += 1",
+        "test_owners.py::test_owners_are_balanced",
+    ),
     # Training.
     fault(
         "the last micro-batch is left out",

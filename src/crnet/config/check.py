@@ -75,17 +75,10 @@ def _parallel_problems(config: RunConfig) -> Iterator[str]:
             f"--train.micro-batch-size {train.micro_batch_size} does not divide the {share} "
             f"sequences of a process; take a divisor of {share}"
         )
-    if parallel.shard == 1:
-        return
-    if train.precision == "bf16":
+    if parallel.shard > 1 and train.precision == "bf16":
         yield (
             "--parallel.shard with --train.precision bf16: norms and gains have an fp32 master or "
             "are fp32, and fully_shard takes blocks of one dtype; say --train.precision bf16-mixed"
-        )
-    if not optimizers.get(config.optimizer.name).shards:
-        yield (
-            f"--parallel.shard: {config.optimizer.name} needs whole matrices; say --parallel.data, "
-            "or --optimizer.name adamw"
         )
 
 

@@ -45,8 +45,6 @@ class OptimizerMethod:
     """A frozen dataclass; its fields become ``--optimizer.NAME.OPTION``."""
     examples: tuple[Any, ...] = ()
     """More ``Options`` that the contract is checked with (``measure.contract``)."""
-    shards: bool = False
-    """Whether it can run on parameters that are split over ranks."""
     pads: bool = False
     """Whether zeros that a matrix is filled up with stay, and change no other item's update."""
 
@@ -61,6 +59,14 @@ class OptimizerMethod:
         """
         raise NotImplementedError
 
+    def whole(self, spec: TensorSpec, options: Any) -> bool:
+        """Whether a step needs all of a tensor at once, where processes split it.
+
+        True is right for every method, and costs what ``parallel.owners`` says. False: items and
+        their states do not hang on one another, so that each process can step its part.
+        """
+        return True
+
     def build(
         self,
         parameters: Mapping[str, tuple[TensorSpec, Tensor]],
@@ -70,9 +76,10 @@ class OptimizerMethod:
         """The optimizer of the trained parameters, by full name. Each of its ``param_groups`` keeps
         its ``lr_factor``; its state is tensors and numbers (``torch.load(weights_only=True)``).
 
-        In a bf16 run the parameters may be fp32 stand-ins, and ``step`` is called several times a
-        step, each time with the gradients of some of them (``_low_precision``): it passes over
-        those that have none, and what it counts, it counts for each tensor.
+        In a bf16 run the parameters may be fp32 stand-ins, where processes split them whole ones,
+        and ``step`` is called several times a step, each time with the gradients of some of them
+        (``_low_precision``, ``parallel.owners``): it passes over those that have none, and what it
+        counts, it counts for each tensor. Between two steps it holds no value of a parameter.
         """
         raise NotImplementedError
 
@@ -133,13 +140,17 @@ def forget(optimizer: Optimizer, parameter: Tensor, forget: Forget, generator: G
     else:
         lost = torch.rand(parameter.shape, generator=generator) >= forget.kept_frac
     lost = lost.to(parameter.device)
-    if hasattr(parameter, "device_mesh"):  # a shard: each rank forgets its own part
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-        lost = distribute_tensor(lost, mesh, placements, src_data_rank=None)
     for value in states:
-        value.masked_fill_(lost, 0)
+        value.masked_fill_(_split_as(value, lost), 0)
+
+
+def _split_as(state: Any, lost: Tensor) -> Tensor:
+    """Each rank forgets its own part of a state; all of one that is whole."""
+    if not hasattr(state, "device_mesh"):
+        return lost
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(lost, state.device_mesh, state.placements, src_data_rank=None)
 
 
 def load_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:

@@ -8,8 +8,10 @@ from crnet.optimizers import OptimizerMethod, param_groups
 class AdamW(OptimizerMethod):
     name = "adamw"
     summary = "Adam with decoupled weight decay"
-    shards = True
     pads = True
+
+    def whole(self, spec, options):
+        return False
 
     def state_bytes(self, spec, options, item_bytes):
         # Two moments in the parameter's dtype, and torch's step counter, an fp32 scalar.

@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from crnet import optimizers
 from crnet.model.language_model import LanguageModel
+from crnet.parallel.owners import has_state, owner_of
 from crnet.parallel.whole import is_split
 from crnet.storage import parts
 from crnet.storage.checkpoint import IN_STATE, IN_WEIGHTS, PART, Checkpoint
@@ -65,19 +66,20 @@ def put_together(
     filled: dict[Any, Any] = {}
     for name, parameter in _named(optimizer):
         entries = state["state"].get(index_of[name])
-        if entries is None:
+        if entries is None or not has_state(optimizer, parameter):
             continue
+        in_parts = is_split(parameter) and owner_of(optimizer, parameter) is None
         filled[index_of[name]] = found = dict(entries)
         for key, value in entries.items():
             if isinstance(value, Mapping) and value.keys() == {PART}:
                 shape, dtype = declared[value[PART]]
-                tensors[value[PART]] = found[key] = _empty(parameter, shape, dtype)
+                tensors[value[PART]] = found[key] = _empty(parameter, shape, dtype, in_parts)
     parts.read_into(saved.folder, tensors)
     optimizers.load_state(optimizer, {**state, "state": filled})
 
 
-def _empty(parameter: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if is_split(parameter) and tuple(parameter.shape) == shape:
+def _empty(parameter: Any, shape: tuple[int, ...], dtype: torch.dtype, in_parts: bool) -> Tensor:
+    if in_parts and tuple(parameter.shape) == shape:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     return torch.empty(shape, dtype=dtype, device=parameter.device if shape else "cpu")
 

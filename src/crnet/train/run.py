@@ -41,6 +41,7 @@ from crnet.model.device import prepare_device, with_precision
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
 from crnet.optimizers import _low_precision as low_precision
+from crnet.parallel import owners
 from crnet.parallel.engine import Engine, lay_out_shared
 from crnet.parallel.saving import put_together
 from crnet.parallel.world import ALONE, World, joined
@@ -310,4 +311,4 @@ def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optim
     parameters, update = model.trained(), update_of(config.train)
     one = override(config, train={"batch_size": share_of(config)}).train
     low_precision.widen_gradients(parameters, update, num_micro_batches(one))
-    return low_precision.build(method, parameters, options, settings, update)
+    return owners.build(method, parameters, options, settings, update)

@@ -86,6 +86,9 @@ class Apollo(OptimizerMethod):
         items += options.rank * min(spec.shape) if options.projection == "kept" else 0
         return items * item_bytes + (max(4, item_bytes) if options.growth_limit else 0)  # last norm
 
+    def whole(self, spec: TensorSpec, options: ApolloOptions) -> bool:
+        return spec.role == "matrix"
+
     def build(self, parameters, options: ApolloOptions, settings) -> Any:
         from crnet.optimizers.apollo.module import ProjectedAdam
 

@@ -67,6 +67,9 @@ class Muon(OptimizerMethod):
             return spec.num_items * item_bytes
         return 2 * spec.num_items * item_bytes + 4  # AdamW's two moments and step counter
 
+    def whole(self, spec: TensorSpec, options: MuonOptions) -> bool:
+        return options.takes(spec)
+
     def build(self, parameters, options: MuonOptions, settings) -> Any:
         from crnet.optimizers.muon.module import MuonAndAdamW
 
