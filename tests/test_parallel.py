@@ -118,11 +118,11 @@ def runs_of(size: int, corpus: Path) -> list[Run]:
     return found
 
 
-def launch(size: int, folder: Path, runs: list[Run]) -> None:
+def launch(size: int, folder: Path, runs: list[Run], program: str = "parallel_runs.py") -> None:
     folder.mkdir(exist_ok=True)
     (folder / "runs.json").write_text(json.dumps([each.plain() for each in runs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(size), str(Path(__file__).with_name("parallel_runs.py"))]
+    command += ["--nproc-per-node", str(size), str(Path(__file__).with_name(program))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(folder)], capture_output=True, text=True, env=environment, check=False
@@ -332,6 +332,8 @@ def _variable(pid: int, name: str) -> str | None:
     return value.decode() if value is not None else None
 
 
-def test_sizes_are_keys() -> None:
-    names = {each.name for each in dataclasses.fields(ParallelConfig)}
-    assert {*SIZES} == names - {"checkpoint"}
+def test_sizes_are_declared_once() -> None:
+    """Every number of ``parallel`` counts processes, and is a dimension of the mesh."""
+    names = [each.name for each in dataclasses.fields(ParallelConfig)]
+    numbers = [name for name in names if isinstance(getattr(ParallelConfig, name), int)]
+    assert numbers == list(SIZES)

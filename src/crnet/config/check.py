@@ -10,9 +10,11 @@ from types import ModuleType
 from typing import Any
 
 from crnet import architectures, linears, optimizers, schedules, streams
+from crnet.config.check_pipeline import pipeline_problems
 from crnet.config.model_spec import ModelSpec, model_spec
 from crnet.config.sections import (
     SECTIONS,
+    SIZES,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -63,6 +65,7 @@ def check(config: RunConfig) -> None:
 
 def _parallel_problems(config: RunConfig) -> Iterator[str]:
     """What processes cannot share."""
+    yield from pipeline_problems(config)
     train, parallel, shares = config.train, config.parallel, num_shares(config.parallel)
     share, over = divmod(train.batch_size, shares)
     if over:
@@ -97,7 +100,7 @@ _ABOVE_ZERO = {
         *("steps", "batch_size", "micro_batch_size", "threads"),
         *("log_every_steps", "invert_tolerance", "activation_budget_gib"),
     ),
-    "parallel": ("data", "shard"),
+    "parallel": SIZES,
 }
 _ZERO_OR_MORE = {
     "train": ("eval_every_steps", "save_every_steps", "keep_checkpoints", "seed"),
@@ -122,7 +125,7 @@ _MOST: dict[str, dict[str, int]] = {
         "threads": 4096,
         "seed": 2**64 - 1,
     },
-    "parallel": dict.fromkeys(("data", "shard"), 2**16),
+    "parallel": dict.fromkeys(SIZES, 2**16),
 }
 _SHARES = {"optimizer": ("warmup_frac", "min_lr_frac")}
 _DECAYS = {"optimizer": ("beta1", "beta2")}

@@ -35,6 +35,8 @@ class ModelSpec:
     """Block by block, in the order of ``positions``."""
     width_multiple: int = 1
     """Feed-forward widths are stored padded with zeros to a multiple of it (``padded``)."""
+    held: frozenset[str] | None = None
+    """Full names of the tensors that this process has; None: all."""
 
     @property
     def architecture_options(self) -> Any:
@@ -146,7 +148,8 @@ class ModelSpec:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:
-        """Every parameter of the model by its full name: the one list of tensors."""
+        """Every parameter of the model by its full name: the one list of tensors. Of a model whose
+        blocks are spread over processes: those that this one has (``held``)."""
         shape = self.shape
         found = dict(self.architecture.tensors(shape, self.architecture_options))
         for block in self.slots:
@@ -162,7 +165,12 @@ class ModelSpec:
         if not shape.tie_embeddings:
             size = (shape.vocab_size, shape.hidden_size)
             found["lm_head.weight"] = TensorSpec(size, "head", normal(shape.init_std))
-        return found
+        held = self.held
+        return found if held is None else {name: found[name] for name in found if name in held}
+
+    def whole(self) -> ModelSpec:
+        """The model with the tensors of every process."""
+        return self if self.held is None else dataclasses.replace(self, held=None)
 
 
 def shape_of(config: ModelConfig) -> Shape:

@@ -187,6 +187,8 @@ class TrainConfig:
 class ParallelConfig:
     """Processes that share a run, a device each (docs/scale.md); the sizes multiply."""
 
+    pipeline: Free[int] = 1
+    """Processes that each have some of the blocks of a copy, and hand their outputs on."""
     data: Free[int] = 1
     """Copies of the model, each with its share of every batch."""
     shard: Free[int] = 1
@@ -194,19 +196,29 @@ class ParallelConfig:
     checkpoint: Free[Literal["whole", "parts"]] = "whole"
     """whole: the first process gathers a checkpoint and writes it; parts: every process writes what
     it has, while training goes on. Either is read by any number of processes."""
+    schedule: Free[Literal["1f1b", "interleaved"]] = "1f1b"
+    """Of a pipeline. 1f1b: one stage a process; interleaved: two, less waiting and more sending."""
 
 
-SIZES = ("data", "shard")
-"""The keys of ``ParallelConfig`` that multiply, in the order of torch's device mesh."""
+SIZES = ("pipeline", "data", "shard")
+"""The keys of ``parallel`` that count processes, in the order of their ranks."""
+STAGES_A_PROCESS = {"1f1b": 1, "interleaved": 2}
 
 
 def num_processes(parallel: ParallelConfig) -> int:
     """How many processes the sizes ask for."""
-    return math.prod(getattr(parallel, key) for key in SIZES)
+    return math.prod(getattr(parallel, size) for size in SIZES)
+
+
+def num_stages(parallel: ParallelConfig) -> int:
+    """Into how many runs of blocks the model is cut; 1: no pipeline."""
+    if parallel.pipeline == 1:
+        return 1
+    return parallel.pipeline * STAGES_A_PROCESS[parallel.schedule]
 
 
 def num_shares(parallel: ParallelConfig) -> int:
-    """Into how many equal shares every batch is cut."""
+    """Into how many equal shares every batch is cut; the stages of a pipeline read the same."""
     return parallel.data * parallel.shard
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from crnet.cost.micro_batch import Precision
+from crnet.cost.stages import boundary_bytes, cut
 from crnet.cost.workload import Workload
 from crnet.errors import ConfigError
 
@@ -124,36 +125,39 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
 
     ``data``: gradients all-reduced in a ring, 2 (n - 1)/n of them. ``sharded``: weights gathered
     for the forward and again for the backward pass of every micro-batch, gradients scattered,
-    (n - 1)/n each. ``pipeline``: what crosses one boundary between blocks, all micro-batches, once
-    a pass (``boundary_passes``). With a carry from block to block that is the stream and what
-    blocks hand on (6 h + 2 f wide for CR-Net where keys are not grouped, eq. 48's "communication
-    dimension"), else the stream.
+    (n - 1)/n each. ``pipeline``: what crosses one boundary between stages, the widest, all
+    micro-batches, once a pass (``boundary_passes``). With a carry from block to block that is the
+    stream and what blocks hand on (6 h + 2 f wide for CR-Net where keys are not grouped, eq. 48's
+    "communication dimension"), else the stream; left out where there are fewer blocks than ranks.
     """
     if ranks < 2:
         return {}
     micro_batch, states = work.micro_batch, work.state_bytes
     share, num_micro = (ranks - 1) / ranks, work.num_micro_batches
     weights = states["weights"] // (2 if micro_batch.is_mixed else 1)
-    top = micro_batch.blocks[-1]
-    carries = sum(
-        top.outputs[name] if read.of == "output" else top.bottlenecks[name]
-        for name, read in top.reads.items()
-    )
-    boundary = boundary_passes(work) * num_micro * (micro_batch.stream_size + carries)
-    return {
+    found = {
         "data": 2 * share * states["gradients"],
         "sharded": share * (2 * num_micro * weights + states["gradients"]),
-        "pipeline, a boundary": boundary,
-        "pipeline, all boundaries": boundary * (ranks - 1),
     }
+    if ranks <= work.spec.num_layers:
+        stages = cut(work.spec, ranks, micro_batch.length)
+        boundaries = [
+            boundary_passes(work, stage.bottom)
+            * num_micro
+            * boundary_bytes(micro_batch, stage.bottom)
+            for stage in stages[1:]
+        ]
+        found["pipeline, a boundary"] = max(boundaries)
+        found["pipeline, all boundaries"] = sum(boundaries)
+    return found
 
 
-def boundary_passes(work: Workload) -> int:
-    """How often the boundary is crossed: eq. 48's factor.
+def boundary_passes(work: Workload, bottom: int) -> int:
+    """How often the boundary below block ``bottom`` is crossed: eq. 48's factor.
 
     Forward and backward; a third time where the outputs of one side are rebuilt from the other's,
-    as ``invert`` does and ``replay`` where no segment ends there. ``block`` runs a block again from
-    inputs that its device has kept, and so does every model without carries (the footnote).
+    as ``invert`` does where the block reads the one below. ``replay`` ends a segment at every
+    boundary and rebuilds from what its device has kept; ``block`` runs a block again from such
+    inputs, and so does every model without carries (the footnote).
     """
-    rebuilds = work.plan.policy in ("invert", "replay")
-    return 3 if rebuilds and work.micro_batch.blocks[-1].reads else 2
+    return 3 if work.plan.policy == "invert" and work.spec.reads[bottom] else 2

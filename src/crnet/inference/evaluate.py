@@ -25,6 +25,8 @@ from crnet.parallel.world import ALONE, World
 TOKENS_AT_ONCE = 8192
 """Input tokens in one forward pass of an evaluation."""
 
+Call = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 Precision = Literal["fp32", "tf32", "bf16"]
 """Of products: fp32; tf32: fp32 with the mantissas of products cut to 10 bits, on GPUs that have
 it; bf16: products in bf16 (autocast), norms, softmax and sums in fp32."""
@@ -59,6 +61,7 @@ def evaluate_unless(
     max_tokens: int,
     precision: Precision = "fp32",
     world: World = ALONE,
+    call: Call | None = None,
 ) -> Evaluation | None:
     """Evaluate a model, or give up and return None as soon as ``stopped()`` says so.
 
@@ -69,14 +72,16 @@ def evaluate_unless(
         rows: rows of the validation split.
         max_tokens: most input tokens read.
         precision: of products.
-        world: the processes that share the rows; each has the model, and gets the same figure.
+        world: the processes that share the rows; each gets the same figure.
+        call: computes summed loss and number of targets, where several processes have parts of the
+            model (``parallel.engine.Engine.loss``); None: the model does.
     Raises:
         ConfigError: the split holds no row.
     Cost: one forward pass, saving nothing; memory for the logits of a chunk of rows, and what
         ``widened`` takes. The host waits for the device once, at the end. Compiled blocks run as
         written: they are not compiled once more for these shapes.
     """
-    device = next(model.parameters()).device
+    device, call = next(model.parameters()).device, call or model
     was_training = model.training
     model.eval()
     batch_size = max(1, TOKENS_AT_ONCE // rows.sequence_length)
@@ -89,7 +94,7 @@ def evaluate_unless(
                 if stopped():
                     complete = False
                     break
-                loss, count = model(tokens.to(device), targets.to(device))
+                loss, count = call(tokens.to(device), targets.to(device))
                 loss_sum += loss
                 num_tokens += count
     finally:

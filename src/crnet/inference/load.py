@@ -121,10 +121,11 @@ def check_weights(
 
 @torch.no_grad()
 def copy_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights, already checked, into a model that has memory for them."""
+    """Copy weights, already checked, into a model that has memory for them; of one whose blocks
+    are spread over processes, into those that are here."""
     parameters = dict(model.named_parameters())
-    for name, weight in weights.items():
-        copy_into(parameters[name], pad(weight, model.spec.stored_shapes[name]))
+    for name in model.spec.tensors:
+        copy_into(parameters[name], pad(weights[name], model.spec.stored_shapes[name]))
 
 
 def pick_device(name: str) -> torch.device:

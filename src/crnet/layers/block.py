@@ -131,6 +131,10 @@ class Carries:
         self._tensors = kept | new
         return tuple(returned[:count])
 
+    def at(self, keys: Sequence[tuple[str, str]]) -> tuple[Tensor, ...]:
+        """What was handed on, by (source, position)."""
+        return tuple(self._tensors[key] for key in keys)
+
     def needed(self, blocks: Sequence[Block]) -> dict[tuple[str, str], Tensor]:
         """What successive blocks read of those below the first of them."""
         keys = [("below", name) for name, each in blocks[0].reads.items() if each == "below"]
@@ -139,9 +143,20 @@ class Carries:
         return {key: self._tensors[key] for key in keys}
 
 
-def run_blocks(blocks: Sequence[Block], state: State, context: Any, run: Any = None) -> State:
-    """The plain runner: every block in order, everything kept. ``run``: as ``Block.forward``'s."""
-    carries = Carries()
+def run_blocks(
+    blocks: Sequence[Block],
+    state: State,
+    context: Any,
+    carries: Carries | None = None,
+    run: Any = None,
+) -> State:
+    """The plain runner: every block in order, everything kept.
+
+    Args:
+        carries: what earlier blocks handed on, and afterwards what these did; None: they are first.
+        run: as ``Block.forward``'s.
+    """
+    carries = Carries() if carries is None else carries
     for block in blocks:
         state = carries.take(block, block(context, *state, *carries.of(block), run=run))
     return state

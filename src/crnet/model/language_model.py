@@ -30,8 +30,8 @@ from crnet.recompute.engine import Recomputation
 from crnet.recompute.plan import Added, RecomputePlan
 from crnet.specs import Forget, TensorSpec
 
-Runner = Callable[[Sequence[Block], State, Any], State]
-"""Runs every block: the plain loop, or a recomputation."""
+Runner = Callable[..., State]
+"""Runs successive blocks, as ``run_blocks``: the plain loop, or a recomputation."""
 Around = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 
 
@@ -214,8 +214,8 @@ class LanguageModel(nn.Module):
         linear, options = self.spec.linear, self.spec.linear_options
         forgets: dict[str, Forget] = {}
         for event in linear.events(step, options):
-            for block, slots in zip(self.model.blocks(), self.spec.slots, strict=True):
-                for slot in slots:
+            for block in self.model.blocks():
+                for slot in self.spec.slots[block.layer_idx]:
                     name = self.spec.map_name(slot)
                     generator = generator_of(seed, name, f"{event} {step}")
                     mapped = block.maps[slot.position]

@@ -3,6 +3,7 @@
     data     a copy of the model on every process, gradients added up (DistributedDataParallel)
     shard    weights, gradients and state split over the processes, block by block (fully_shard)
     both     copies that are split: a mesh of two dimensions
+    pipeline some of the blocks on every process (``parallel.pipeline``)
 
 Gradients are added up and never averaged: the loss of every row is divided by the target tokens of
 the whole batch, wherever it is computed. So the step is the same however the batch is shared.
@@ -22,7 +23,7 @@ from torch import distributed as dist
 from crnet.config.model_spec import ModelSpec
 from crnet.model.build import lay_out
 from crnet.model.language_model import Around, LanguageModel, plainly
-from crnet.parallel.whole import whole_parameters
+from crnet.parallel.whole import whole, whole_parameters
 from crnet.parallel.world import ALONE, World
 
 TokensAndTargets = tuple[Tensor, Tensor]
@@ -37,7 +38,7 @@ class Engine:
         self.is_split = any(hasattr(each, "device_mesh") for each in model.parameters())
         self._call: Any = model
         if world.parallel.data > 1 and not self.is_split:
-            self._call = _copies(model, world)
+            self._call = copies(model, world)
 
     def accumulate(
         self,
@@ -70,6 +71,11 @@ class Engine:
         """Summed loss and number of targets of some rows, without gradients."""
         return self.model(tokens, targets)
 
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Norm of the whole gradient, whichever process has the parameters; 0-d."""
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        return whole(torch.nn.utils.get_total_norm(gradients))
+
     def around_events(self) -> Around:
         """Around what a parameterization does to one of its maps: the map has whole tensors."""
         return whole_parameters if self.is_split else plainly
@@ -86,7 +92,7 @@ class Engine:
         yield
 
 
-def _copies(model: LanguageModel, world: World) -> nn.Module:
+def copies(model: nn.Module, world: World) -> nn.Module:
     """DistributedDataParallel that adds gradients up."""
     from torch.nn.parallel import DistributedDataParallel
 

@@ -15,6 +15,11 @@ def is_split(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def whole(tensor: Any) -> Tensor:
+    """The whole of a tensor that may be split."""
+    return tensor.full_tensor() if is_split(tensor) else tensor
+
+
 def split_like(parameter: Any, value: Tensor) -> Any:
     """This process's part of a whole value that every process has; nothing is sent."""
     from torch.distributed.tensor import distribute_tensor

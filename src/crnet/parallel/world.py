@@ -39,11 +39,13 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: Any = None
-    """torch's ``DeviceMesh``, a dimension for each key of ``ParallelConfig``; None: one process."""
+    """torch's ``DeviceMesh``, a dimension for each of ``SIZES``; None: one process."""
     rows: Any = None
     """Group of those that compute different rows with the same part of the model."""
     aside: Any = None
     """Group of all, on the CPU, for what goes on beside training."""
+    pipe: Any = None
+    """Group of those that compute the same rows with different stages, in the order of these."""
 
     @property
     def is_first(self) -> bool:
@@ -181,7 +183,8 @@ def _world(parallel: ParallelConfig, device: str) -> World:
     mesh = init_device_mesh(device, sizes, mesh_dim_names=SIZES)
     rows = mesh["data", "shard"]._flatten("rows").get_group()
     aside = dist.new_group(backend="gloo") if parallel.checkpoint == "parts" else None
-    return World(parallel, dist.get_rank(), dist.get_world_size(), mesh, rows, aside)
+    pipe = mesh["pipeline"].get_group()
+    return World(parallel, dist.get_rank(), dist.get_world_size(), mesh, rows, aside, pipe)
 
 
 def local_rank() -> int:

@@ -61,8 +61,16 @@ class Recomputation:
         the error would have passed the tolerance."""
         self._fixed, self._guarded = False, False
 
-    def __call__(self, blocks: Sequence[Block], state: State, context: Any) -> State:
+    def __call__(
+        self,
+        blocks: Sequence[Block],
+        state: State,
+        context: Any,
+        carries: Carries | None = None,
+    ) -> State:
         """Run every block; the backward pass after it does what the plan says.
+
+        ``carries``: as ``run_blocks``'s. The plan counts layers from the first of these blocks.
 
         Raises:
             RuntimeError: ``replay`` or ``invert`` where somebody hooked a map or a block.
@@ -72,7 +80,7 @@ class Recomputation:
         if policy in ("replay", "invert"):
             refuse_hooks(blocks, policy)
         runs = {"replay": self._replayed, "invert": self._inverted, "block": self._checkpointed}
-        carries = Carries()
+        carries = Carries() if carries is None else carries
         for block, run in zip(blocks, runs[policy](blocks), strict=True):
             returned = block(context, *state, *carries.of(block), run=run(carries))
             state = carries.take(block, returned)

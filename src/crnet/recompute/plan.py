@@ -5,6 +5,7 @@ No torch: the cost model reads it too.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,13 @@ class RecomputePlan:
         """Raise ``ValueError`` for a policy that does not exist: nothing would be recomputed."""
         if self.policy not in POLICIES:
             raise ValueError(f"policy {self.policy!r}; known are {', '.join(POLICIES)}")
+
+
+def within(plan: RecomputePlan, bottom: int, top: int) -> RecomputePlan:
+    """The plan of blocks ``bottom`` to ``top`` (0-based, half open) alone, its layers counted from
+    the first of them."""
+    kept = tuple(layer - bottom for layer in plan.kept_layers if bottom < layer < top)
+    return dataclasses.replace(plan, kept_layers=kept)
 
 
 def segments(plan: RecomputePlan, num_layers: int) -> list[tuple[int, int]]:

@@ -62,7 +62,8 @@ class Record:
         if self.world.size > 1 and step.config.parallel.checkpoint == "parts":
             self._begin_parts(at, step)
             return
-        weights, state = all_weights(step.model), snapshot(step.optimizer, step.model.spec)
+        weights = all_weights(step.model, self.world)
+        state = snapshot(step.optimizer, step.model.spec, self.world)
         self._publish(Contents(weights, state, step.config, at, self.extra, self.files))
 
     def _begin_parts(self, at: Progress, step: Step) -> None:
@@ -213,6 +214,7 @@ class Loop:
             self._evaluation_tokens(at.step),
             precision,
             self._world,
+            self._step.engine.loss,
         )
         if found is not None:
             row = {"step": at.step, "val_loss": found.loss, "val_perplexity": found.perplexity}

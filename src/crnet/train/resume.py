@@ -24,7 +24,9 @@ from crnet.parallel.full_state import (
     full_weights,
     load_full_optimizer_state,
 )
+from crnet.parallel.stage_state import own_state, state_of_stages, weights_of_stages
 from crnet.parallel.whole import is_split
+from crnet.parallel.world import ALONE, World
 from crnet.storage.checkpoint import Checkpoint
 from crnet.storage.manifest import MANIFEST
 from crnet.train.step import learning_rate
@@ -139,20 +141,23 @@ def _jump(saved: Checkpoint, config: RunConfig) -> Iterator[str]:
         yield f"step {step} ran at learning rate {before:.4g}, step {step + 1} runs at {after:.4g}"
 
 
-def all_weights(model: LanguageModel) -> dict[str, Tensor]:
+def all_weights(model: LanguageModel, world: World = ALONE) -> dict[str, Tensor]:
     """Every weight whole, by name, in its declared shape; a tied head is listed once, as the
     embedding.
 
-    Split over ranks: on the CPU of rank 0, and nothing on other ranks.
+    Split over ranks, or in stages: on the CPU of rank 0, and on other ranks nothing that counts.
     """
     found = (
         full_weights(model) if _any_split(model.parameters()) else dict(model.named_parameters())
     )
     declared = model.spec.tensors
-    return {name: cut(tensor, declared[name].shape) for name, tensor in found.items()}
+    found = {name: cut(tensor, declared[name].shape) for name, tensor in found.items()}
+    return weights_of_stages(found, model.spec.whole(), world)
 
 
-def snapshot(optimizer: torch.optim.Optimizer, spec: ModelSpec) -> dict[str, Any]:
+def snapshot(
+    optimizer: torch.optim.Optimizer, spec: ModelSpec, world: World = ALONE
+) -> dict[str, Any]:
     """Optimizer and random states, as tensors and numbers (``torch.load(weights_only=True)``).
 
     ``spec``: of the model as it is stored; its padding is left out. Random states are of the GPU
@@ -160,7 +165,8 @@ def snapshot(optimizer: torch.optim.Optimizer, spec: ModelSpec) -> dict[str, Any
     """
     parameters = _parameters(optimizer)
     found = full_optimizer_state(optimizer) if _any_split(parameters) else optimizer.state_dict()
-    return {"optimizer": cut_state(found, spec), **random_states(parameters[0].device)}
+    found = state_of_stages(cut_state(found, spec), spec.whole(), world)
+    return {"optimizer": found, **random_states(parameters[0].device)}
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
@@ -177,10 +183,10 @@ def restore(
     device: torch.device,
     spec: ModelSpec,
 ) -> None:
-    """Inverse of ``snapshot``."""
+    """Inverse of ``snapshot``. ``spec``: of the model's part on this process."""
     split = _any_split(_parameters(optimizer))
     load = load_full_optimizer_state if split else optimizers.load_state
-    load(optimizer, pad_state(state["optimizer"], spec))
+    load(optimizer, pad_state(own_state(optimizer, state["optimizer"]), spec))
     set_random_states(state, device)
 
 

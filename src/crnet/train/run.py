@@ -28,7 +28,7 @@ from crnet.config.sections import (
     update_of,
 )
 from crnet.config.serialize import override
-from crnet.cost.workload import num_micro_batches, workload
+from crnet.cost.workload import micro_batch_of, num_micro_batches, workload
 from crnet.data.prepare import prepare
 from crnet.data.rows import Rows, check_enough, validation_hash
 from crnet.data.shards import Prepared
@@ -42,7 +42,8 @@ from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
 from crnet.optimizers import _low_precision as low_precision
 from crnet.parallel import owners
-from crnet.parallel.engine import Engine, lay_out_shared
+from crnet.parallel.engine import Engine
+from crnet.parallel.pipeline import PipelineEngine, lay_out_part
 from crnet.parallel.saving import put_together
 from crnet.parallel.world import ALONE, World, joined
 from crnet.report.plots import plot_losses
@@ -276,13 +277,14 @@ def make_step(
 ) -> Step:
     """Model and optimizer: initialised, or as a checkpoint has them; this process's part."""
     spec = stored_on(spec, device, optimizers.get(config.optimizer.name))
-    lay = functools.partial(lay_out_shared, world=world)
+    lay = functools.partial(lay_out_part, world=world, length=config.data.sequence_length)
     if saved is None:
         dtype = weights_dtype(config.train.precision)
         model = build(spec, config.train.seed, device, dtype, lay)
     else:
         model = load_model(saved, device, spec, lay)
-    step = Step(config, Engine(model, world), make_optimizer(config, model), device)
+    engine = make_engine(config, model, device, world)
+    step = Step(config, engine, make_optimizer(config, model), device)
     if saved is None:
         step.run_events(0)
     else:
@@ -292,7 +294,7 @@ def make_step(
                 put_together(step.optimizer, saved, state["optimizer"])
                 set_random_states(state, device)
             else:
-                restore(step.optimizer, saved.state(), device, spec)
+                restore(step.optimizer, saved.state(), device, model.spec)
         except ConfigError:
             raise
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -301,6 +303,16 @@ def make_step(
                 "restore the file, or remove the checkpoint to go on from the one before it"
             ) from error
     return step
+
+
+def make_engine(
+    config: RunConfig, model: LanguageModel, device: torch.device, world: World
+) -> Engine:
+    """How the processes of a run compute with their parts of the model."""
+    if world.parallel.pipeline == 1:
+        return Engine(model, world)
+    micro_batch = micro_batch_of(work_of_one(config, device), model.spec.whole())
+    return PipelineEngine(model, world, micro_batch)
 
 
 def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optimizer:

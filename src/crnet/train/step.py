@@ -112,11 +112,9 @@ class Step:
             list(self._on_device(micro_batches)), num_tokens, self._autocast
         )
         self.world.sum(loss_sum)
-        norm = torch.nn.utils.get_total_norm(
-            [each.grad for each in self._parameters if each.grad is not None]
-        )
+        norm = self.engine.norm(self._parameters)
         lr = learning_rate(step, self.config)
-        numbers = torch.stack([loss_sum / num_tokens, _whole(norm).to(loss_sum.dtype)])
+        numbers = torch.stack([loss_sum / num_tokens, norm.to(loss_sum.dtype)])
         done = Stepped(num_tokens, lr, *_to_host(numbers), self._complaint(at, good))
         self.check()
         for group in self.optimizer.param_groups:
@@ -207,8 +205,3 @@ def _to_host(numbers: Tensor) -> tuple[Tensor, Any]:
     arrived = torch.cuda.Event()
     arrived.record()
     return host, arrived
-
-
-def _whole(norm: Any) -> Tensor:
-    # Of sharded gradients it is a sum that is still spread over the ranks.
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

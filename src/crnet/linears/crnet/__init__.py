@@ -32,6 +32,9 @@ class CRNetOptions:
 
     first_rank: int | None = None
     """Rank of the first block's maps; none: full rank, as the paper has it (table 6)."""
+    restarts: str | None = None
+    """Blocks, from 1, that read nothing of the one below and are as the first is: 9,17. The stage
+    of a pipeline that begins there gets the stream alone; none: no block but the first."""
     beta_init: float = 1.0
     """Initial beta: how much of the earlier block a map starts with."""
     learnable_beta: bool = True
@@ -60,7 +63,7 @@ class CRNet(Parameterization):
     examples: tuple = (
         CRNetOptions(first_rank=3, carry_dtype="fp32"),
         CRNetOptions(learnable_beta=False, beta_init=0.5, init="spectral"),
-        CRNetOptions(init="zero-b"),
+        CRNetOptions(init="zero-b", restarts="3"),
     )
     published_ranks = {  # table 10; llama3-1b: appendix E.3; 70B: r = 0.25 h, appendix G
         "aligned-parameters": {
@@ -82,7 +85,7 @@ class CRNet(Parameterization):
     }
 
     def fixed_rank(self, layer_idx: int, options: CRNetOptions) -> int | None:
-        return None if layer_idx else options.first_rank or 0
+        return options.first_rank or 0 if _begins(layer_idx, options) else None
 
     def problems(self, options: CRNetOptions, slots) -> list[str]:
         rates = {"lr_factor": options.lr_factor, "beta_lr_factor": options.beta_lr_factor}
@@ -98,6 +101,12 @@ class CRNet(Parameterization):
                 "zero, where no gradient passes; take balanced or spectral, or a full-rank first "
                 "block"
             )
+        num_layers = slots[0].num_layers if slots else 0
+        if outside := [str(idx + 1) for idx in _restarts(options) if not 0 < idx < num_layers]:
+            found.append(
+                f"--model.{self.name}.restarts {options.restarts}: block {', '.join(outside)} is "
+                f"not one of 2 to {num_layers}; leave it out"
+            )
         if not options.learnable_beta and options.beta_init == 0:
             found.append(
                 f"--model.{self.name}.beta-init 0 with a fixed beta is plain low rank; "
@@ -109,7 +118,7 @@ class CRNet(Parameterization):
         if not slot.rank:
             return dense(slot)
         pair = factors(slot, options.init, options.lr_factor)
-        if not slot.layer_idx:
+        if _begins(slot.layer_idx, options):
             return pair
         beta = TensorSpec(
             (1,),
@@ -125,14 +134,14 @@ class CRNet(Parameterization):
     def work(self, slot: Slot, options: CRNetOptions, rows: int, item_bytes: int) -> Work:
         if not slot.rank:
             return dense_work(slot, rows)
-        if not slot.layer_idx:
+        if _begins(slot.layer_idx, options):
             return factors_work(slot, rows, item_bytes)
         carried = self.output_bytes(slot, options, item_bytes)
         work = factors_work(slot, rows, item_bytes, gain_bytes=4)
         return dataclasses.replace(work, **_carry_passes(slot, rows, item_bytes, carried))
 
     def reads(self, slot: Slot, options: CRNetOptions) -> Read | None:
-        if not slot.layer_idx:
+        if _begins(slot.layer_idx, options):
             return None
         return Read(
             self.source,
@@ -143,7 +152,8 @@ class CRNet(Parameterization):
         )
 
     def output_bytes(self, slot: Slot, options: CRNetOptions, item_bytes: int) -> int:
-        return 4 if options.carry_dtype == "fp32" and slot.layer_idx else item_bytes
+        wide = options.carry_dtype == "fp32" and not _begins(slot.layer_idx, options)
+        return 4 if wide else item_bytes
 
     def initial_value(self, name, slot, options, generator):
         from crnet.linears._maps import spectral_factor
@@ -158,7 +168,24 @@ class CRNet(Parameterization):
         tensors = self.tensors(slot, options)
         if not slot.rank:
             return DenseMap(tensors)
-        return CRNetMap(tensors, options.carry_dtype) if slot.layer_idx else LowRankMap(tensors)
+        if _begins(slot.layer_idx, options):
+            return LowRankMap(tensors)
+        return CRNetMap(tensors, options.carry_dtype)
+
+
+def _restarts(options: CRNetOptions) -> list[int]:
+    """Blocks, from 0. Raises ``ValueError`` where they cannot be read."""
+    words = [] if options.restarts is None else options.restarts.split(",")
+    if not all(word.isdecimal() and word.isascii() for word in words):
+        raise ValueError(
+            f"--model.crnet.restarts {options.restarts!r} cannot be read; write 9 or 9,17,25"
+        )
+    return sorted({int(word) - 1 for word in words})
+
+
+def _begins(layer_idx: int, options: CRNetOptions) -> bool:
+    """Whether a block reads nothing of an earlier one."""
+    return not layer_idx or layer_idx in _restarts(options)
 
 
 def _carry_passes(slot: Slot, rows: int, item_bytes: int, carried: int) -> dict[str, Any]:
@@ -196,6 +223,15 @@ class ResFormer(CRNet):
     Options = ResFormerOptions
     source = "first"
     examples = (ResFormerOptions(first_rank=3, carry_dtype="fp32", learnable_beta=False),)
+
+    def problems(self, options: CRNetOptions, slots) -> list[str]:
+        found = super().problems(options, slots)
+        if options.restarts is not None:
+            found.append(
+                f"--model.{self.name}.restarts: every block reads the first, wherever it stands; "
+                "leave it out"
+            )
+        return found
 
 
 METHODS = [CRNet(), ResFormer()]

@@ -1,0 +1,81 @@
+"""What a pipeline cannot be made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from crnet import architectures
+from crnet.config.sections import ParallelConfig, RunConfig, num_shares, num_stages
+
+
+def pipeline_problems(config: RunConfig) -> Iterator[str]:
+    """What keeps a model from being cut into stages, one sentence each, with the mend."""
+    parallel, model, train = config.parallel, config.model, config.train
+    if parallel.pipeline == 1:
+        if parallel.schedule != ParallelConfig.schedule:
+            yield (
+                f"--parallel.schedule {parallel.schedule} has no effect without "
+                "--parallel.pipeline; leave it out"
+            )
+        return
+    wanted = num_stages(parallel)
+    if wanted > model.num_layers:
+        yield (
+            f"--parallel.pipeline {parallel.pipeline} ({parallel.schedule}) cuts the model into "
+            f"{wanted} stages, and it has {model.num_layers} blocks; take fewer processes"
+        )
+    yield from _micro_batch_problems(config)
+    tied = model.tie_embeddings
+    if architectures.get(model.architecture).ties_embeddings if tied is None else tied:
+        yield (
+            "--parallel.pipeline: the head is the embedding, and the last stage has the one, the "
+            "first the other; say --model.tie-embeddings false"
+        )
+    if parallel.shard > 1:
+        yield (
+            "--parallel.pipeline with --parallel.shard: fully_shard scatters gradients at the end "
+            "of every backward pass, and a stage has one for each micro-batch; say --parallel.data"
+        )
+    if train.recompute in ("invert", "auto"):
+        yield (
+            f"--parallel.pipeline with --train.recompute {train.recompute}: "
+            + (
+                "invert goes down through all blocks, and its guard reads the gains of all of them"
+                if train.recompute == "invert"
+                else "auto plans for all blocks on one device"
+            )
+            + "; say replay, block or none"
+        )
+    if train.compile:
+        yield (
+            "--parallel.pipeline with --train.compile is not supported: a stage would be compiled "
+            "while the next one waits for it; leave one of them out"
+        )
+
+
+def _micro_batch_problems(config: RunConfig) -> Iterator[str]:
+    """As many micro-batches as processes keep all of them at work, and torch's schedules ask for
+    it: interleaved for a multiple."""
+    parallel, train = config.parallel, config.train
+    share, over = divmod(train.batch_size, num_shares(parallel))
+    size = min(train.micro_batch_size or share, share)
+    if over or share % size:
+        return  # which is said already
+    processes, number = parallel.pipeline, share // size
+    few = number < processes
+    if not few and (parallel.schedule == "1f1b" or number % processes == 0):
+        return
+    asks = f"{processes} or more" if parallel.schedule == "1f1b" else f"a multiple of {processes}"
+    most = share // processes
+    fitting = [n for n in range(1, most + 1) if share % n == 0 and share // n % processes == 0]
+    if parallel.schedule == "1f1b":
+        fitting = [n for n in range(1, most + 1) if share % n == 0]
+    mend = (
+        f"take --train.micro-batch-size {fitting[-1]}"
+        if fitting
+        else f"take a --train.batch-size that is a multiple of {processes * num_shares(parallel)}"
+    )
+    yield (
+        f"--parallel.pipeline {processes} ({parallel.schedule}) wants {asks} micro-batches, and "
+        f"the {share} sequences of a share are {number}; {mend}"
+    )

@@ -1,0 +1,80 @@
+"""Bytes that each process of a pipeline holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from crnet.config.sections import ParallelConfig, num_stages
+from crnet.cost.kept import kept_outputs
+from crnet.cost.micro_batch import BlockBytes
+from crnet.cost.stages import Stage, boundary_bytes, cut, held, in_flight
+from crnet.cost.workload import Workload, state_bytes
+from crnet.recompute.plan import RecomputePlan, segments
+
+
+def process_bytes(work: Workload, parallel: ParallelConfig) -> list[dict[str, int]]:
+    """What each process of a pipeline holds, in the order of the processes.
+
+    Args:
+        work: of one share of the batch (``train.run.work_of_one``).
+    Returns: ``weights``, ``gradients``, ``optimizer state``: of the tensors of its stages, exact.
+        ``activations``: what its stages keep for the micro-batches in flight, under the plan, where
+        most are. ``buffers``: what torch's engine receives into: a boundary's tensors from below
+        and gradients from above, for every micro-batch of a step and not for those in flight alone.
+        What a backward pass needs for a moment is not counted (``peak.gradients``).
+    """
+    stages = cut(work.spec, num_stages(parallel), work.micro_batch.length)
+    found = []
+    for process in range(parallel.pipeline):
+        mine = stages[process :: parallel.pipeline]
+        tensors = [work.spec.tensors[name] for name in held(work.spec, mine)]
+        bytes_of = state_bytes(tensors, work.optimizer, work.update, work.num_micro_batches)
+        bytes_of["activations"] = sum(
+            in_flight(stage, parallel.pipeline, work.num_micro_batches)
+            * kept_by_stage(work, stages, stage)
+            for stage in mine
+        )
+        bytes_of["buffers"] = work.num_micro_batches * sum(
+            boundary_bytes(work.micro_batch, bottom)
+            for stage in mine
+            for bottom in (stage.bottom, stage.top)
+            if 0 < bottom < work.spec.num_layers
+        )
+        found.append(bytes_of)
+    return found
+
+
+def kept_by_stage(work: Workload, stages: tuple[Stage, ...], stage: Stage) -> int:
+    """Bytes that a stage keeps of one micro-batch between its forward and backward pass; what it
+    received is in the buffers."""
+    micro_batch, spec = work.micro_batch, work.spec
+    ends = {each.top for each in stages}
+    plan = dataclasses.replace(work.plan, kept_layers=tuple({*work.plan.kept_layers, *ends}))
+    size, outputs = micro_batch.stream_size, kept_outputs(micro_batch, plan)
+    blocks = micro_batch.blocks[stage.bottom : stage.top]
+    total = sum(outputs[block.idx] + _inside(plan, block, size) for block in blocks)
+    if plan.policy == "replay":
+        bottoms = [low for low, _ in segments(plan, spec.num_layers)]
+        total += size * sum(stage.bottom <= low < stage.top for low in bottoms)
+    if not stage.is_first:
+        total -= size  # the stream that enters: received
+    if stage.is_first:
+        total += 8 * micro_batch.rows
+        total += size if blocks[0].streams[0].keeps_writes else 0
+    if stage.is_last:
+        shape, last = spec.shape, micro_batch.stream_work(spec.num_sublayers)
+        total += size + last.kept_bytes + spec.architecture.last_norm_bytes(micro_batch.batch)
+        total += micro_batch.rows * shape.hidden_size * micro_batch.compute_bytes
+        total += shape.vocab_size * shape.hidden_size * 4  # the head's gradient
+    return total
+
+
+def _inside(plan: RecomputePlan, block: BlockBytes, size: int) -> int:
+    """Beside outputs: what a block keeps; ``size``: of a tensor of the stream."""
+    if plan.policy == "none":
+        kept = block.kept_inside + block.kept_by_streams + block.kept_by_maps
+        return len(block.streams) * size + kept
+    if plan.policy == "block":
+        return size + block.carried_bottlenecks
+    attention = block.inside.attention_bytes if plan.keep_attention else 0
+    return sum(block.bottlenecks.values()) + attention

@@ -1,0 +1,140 @@
+"""What the processes of ``test_pipeline.py`` do: one start, run after run.
+
+    torchrun ... pipeline_runs.py FOLDER
+
+As ``parallel_runs.py``. Beside what a process sees of a run, FOLDER/NAME.RANK.json has what its
+part of the model holds, what it sent to other stages, and how many micro-batches waited at most; a
+run whose name is in ``FAULTS`` is made with that mistake.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.distributed.pipelining import PipelineStage
+
+from crnet.config.serialize import from_dict
+from crnet.errors import ConfigError
+from crnet.parallel import pipeline
+from crnet.train import run as training
+
+
+def swapped(crossing: Any) -> list[tuple[str, str]]:
+    """The keys of a boundary, two of the same width the wrong way round."""
+    keys = right(crossing)
+    if crossing and crossing is not swapped.leaving:  # type: ignore[attr-defined]
+        one, other = keys.index(("below", "q")), keys.index(("below", "o"))
+        keys[one], keys[other] = keys[other], keys[one]
+    return keys
+
+
+right = pipeline._keys
+
+
+class OutOfOrder(pipeline._Part):
+    """Takes the carries of q and o for each other."""
+
+    def _forward(self, tensors: Any, targets: Any) -> Any:
+        swapped.leaving = self.leaving  # type: ignore[attr-defined]
+        with mock.patch.object(pipeline, "_keys", swapped):
+            return super()._forward(tensors, targets)
+
+
+class Scaled(pipeline.PipelineEngine):
+    """Divides gradients by the number of micro-batches, as torch's schedules do by themselves."""
+
+    def _make_schedule(self, *args: Any) -> Any:
+        made = super()._make_schedule(*args)
+        made.scale_grads = True
+        return made
+
+
+class OwnNorm(pipeline.PipelineEngine):
+    """Clips by the norm of each process's own gradients."""
+
+    norm = pipeline.Engine.norm
+
+
+FAULTS = {
+    "fault: order": (pipeline, "_Part", OutOfOrder),
+    "fault: scale": (training, "PipelineEngine", Scaled),
+    "fault: norm": (training, "PipelineEngine", OwnNorm),
+}
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, Any]]:
+    """What a run's model holds and sends."""
+    seen: dict[str, Any] = {"sent": defaultdict(int), "waiting": defaultdict(int)}
+    made, computed = training.make_engine, PipelineStage.forward_one_chunk
+    forward, backward = PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops
+
+    def make(*args: Any) -> Any:
+        engine = made(*args)
+        parameters = list(engine.model.parameters())
+        seen["held"] = sum(each.nbytes for each in parameters)
+        seen["trained"] = sum(each.nbytes for each in parameters if each.requires_grad)
+        return engine
+
+    def send_forward(self: PipelineStage, chunk: int) -> Any:
+        ops = forward(self, chunk)
+        seen["sent"][f"up {self.stage_index}"] += sum(op.tensor.nbytes for op in ops)
+        return ops
+
+    def compute(self: PipelineStage, *args: Any, **more: Any) -> Any:
+        output = computed(self, *args, **more)
+        waiting = max(seen["waiting"][str(self.stage_index)], len(self.fwd_cache))
+        seen["waiting"][str(self.stage_index)] = waiting
+        return output
+
+    def send_backward(self: PipelineStage, chunk: int) -> Any:
+        ops = backward(self, chunk)
+        seen["sent"][f"down {self.stage_index}"] += sum(op.tensor.nbytes for op in ops)
+        return ops
+
+    with (
+        mock.patch.object(training, "plot_losses"),  # a third of the time
+        mock.patch.object(training, "make_engine", make),
+        mock.patch.object(PipelineStage, "forward_one_chunk", compute),
+        mock.patch.object(PipelineStage, "get_fwd_send_ops", send_forward),
+        mock.patch.object(PipelineStage, "get_bwd_send_ops", send_backward),
+    ):
+        yield seen
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    for each in json.loads((folder / "runs.json").read_text()):
+        name, config = each["name"], from_dict(each["config"])
+        fault = mock.patch.object(*FAULTS[name]) if name in FAULTS else contextlib.nullcontext()
+        with fault, watched() as seen:
+            try:
+                result = training.run(
+                    config, folder / each["into"], resume=each["resume"], progress=False
+                )
+            except ConfigError as error:
+                seen["refused"] = error.problems
+            except Exception:
+                traceback.print_exc()
+                raise
+            else:
+                after = result.after
+                seen["told"] = [result.step, result.tokens, after and after.loss]
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
