@@ -64,6 +64,7 @@ DECODING = "test_architectures.py::test_logits_with_a_cache_are_those_without"
 EXACT = "test_architectures.py::test_exact_policies_agree_to_the_bit"
 EVALUATION = "test_train.py::test_evaluation_is_the_mean_over_tokens"
 RESUMED = "test_checkpoint.py::test_died_between_checkpoints_and_resumed"
+PARTS = "test_tensor.py::test_as_one_process"
 COST = "test_cost.py::test_kept_bytes_and_flops_are_exact"
 
 FAULTS = [
@@ -719,6 +720,49 @@ FAULTS = [
         "if method.name in found:",
         "if method in found:",
         "test_registry.py::test_a_name_that_is_taken_is_an_error_that_names_both",
+    ),
+    # Blocks in parts.
+    fault(
+        "a bottleneck's gradient is that of one part",
+        "kernels/partial.py",
+        'return added_up(gradient, self.group) if self.side == "columns" else gradient',
+        "return gradient",
+        f"{PARTS}[lowrank]",
+    ),
+    fault(
+        "an input's gradient is that of one part",
+        "kernels/partial.py",
+        "return added_up(dx_BTD.clone(), ctx.group), None",
+        "return dx_BTD.clone(), None",
+        f"{PARTS}[full]",
+    ),
+    fault(
+        "a gain's gradient is that of one part",
+        "parallel/engine.py",
+        "        self._sum_parts()\n        return loss_sum",
+        "        return loss_sum",
+        f"{PARTS}[crnet]",
+    ),
+    fault(
+        "the norm leaves out the other parts",
+        "parallel/engine.py",
+        "added_up(parts.square(), self.world.parts)",
+        "parts.square()",
+        f"{PARTS}[lowrank]",
+    ),
+    fault(
+        "what is whole everywhere counts as often in the norm",
+        "parallel/engine.py",
+        "(added_up(parts.square(), self.world.parts) + rest.square())",
+        "added_up(parts.square() + rest.square(), self.world.parts)",
+        f"{PARTS}[lowrank]",
+    ),
+    fault(
+        "parts of moments are not brought together in order",
+        "parallel/parts.py",
+        "return torch.cat(parts, dim)",
+        "return torch.cat(parts[::-1], dim)",
+        f"{PARTS}[full]",
     ),
 ]
 

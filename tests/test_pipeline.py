@@ -55,10 +55,7 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
 INTERLEAVED = {"pipeline": 2, "schedule": "interleaved"}
 RUNS: dict[str, tuple[int, dict[str, Any], str]] = {
     **{f"1f1b, {what}": (2, {"pipeline": 2}, what) for what in WHAT},
-    **{
-        f"interleaved, {what}": (2, INTERLEAVED, what)
-        for what in ("plain", "replay", "attnres")
-    },
+    **{f"interleaved, {what}": (2, INTERLEAVED, what) for what in ("plain", "replay", "attnres")},
     "4 stages": (4, {"pipeline": 4}, "resformer"),
     "data x pipeline": (4, {"pipeline": 2, "data": 2}, "plain"),
     "data x interleaved": (4, {**INTERLEAVED, "data": 2}, "plain"),

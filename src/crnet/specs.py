@@ -103,6 +103,25 @@ class Shape:
         return self.hidden_size // self.num_heads
 
 
+Side = Literal["columns", "rows"]
+"""Of a map: the columns of its output, or the rows of its input."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How processes that each compute a part of a map make the whole of it (``--parallel.tensor``).
+
+    Which tensors are split follows from the sizes: those of a map with fewer columns, or rows.
+    """
+
+    at: Literal["edge", "bottleneck"]
+    """What is added up. Split by columns, a gradient: of the input, once for all maps that read
+    it, or of the bottleneck. Split by rows, the output or the bottleneck."""
+    summed: tuple[str, ...] = ()
+    """Tensors that act on the output and that every process has whole: where a map is split by
+    columns, their gradients are summands too."""
+
+
 @dataclass(frozen=True)
 class Position:
     """A linear map that every block has."""
@@ -115,6 +134,9 @@ class Position:
     input: str
     """Maps of one input share its name."""
     has_bias: bool = False
+    split: Side | None = None
+    """By which side processes share the map, each with some of the heads or of the feed-forward's
+    columns; None: they cannot."""
 
 
 @dataclass(frozen=True)

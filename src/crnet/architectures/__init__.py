@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crnet.registry import discover, find
-from crnet.specs import BlockWork, Passes, Position, Shape, TensorSpec
+from crnet.specs import BlockWork, Passes, Position, Shape, Side, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,8 @@ class Architecture:
     """The position whose output each sublayer writes."""
     ties_embeddings: bool = False
     """Whether the embedding is the head where the configuration does not say."""
+    input_modules: Mapping[str, str] = {}
+    """By the name of an input (``Position.input``): the module of the block whose output it is."""
     pads: bool = False
     """Whether a feed-forward whose maps give 0 in some columns has 0 there, and hands back a
     gradient of 0."""
@@ -109,6 +111,12 @@ class Architecture:
     ) -> Any:
         """What every block needs of these tokens besides their state."""
         raise NotImplementedError
+
+
+def split_side(source: str) -> Side:
+    """By which side a map is split, from the name of its input: what heads and the feed-forward
+    give is split already; what a norm gives is whole."""
+    return "rows" if source in ("mixed", "activated") else "columns"
 
 
 def names() -> list[str]:

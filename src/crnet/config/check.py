@@ -11,6 +11,7 @@ from typing import Any
 
 from crnet import architectures, linears, optimizers, schedules, streams
 from crnet.config.check_pipeline import pipeline_problems
+from crnet.config.check_tensor import tensor_problems
 from crnet.config.model_spec import ModelSpec, model_spec
 from crnet.config.sections import (
     SECTIONS,
@@ -66,6 +67,12 @@ def check(config: RunConfig) -> None:
 def _parallel_problems(config: RunConfig) -> Iterator[str]:
     """What processes cannot share."""
     yield from pipeline_problems(config)
+    yield from tensor_problems(config)
+    if config.parallel.checkpoint == "parts" and config.parallel.shard == 1:
+        yield (
+            "--parallel.checkpoint parts is for what --parallel.shard splits; leave it out, or say "
+            "--parallel.shard"
+        )
     train, parallel, shares = config.train, config.parallel, num_shares(config.parallel)
     share, over = divmod(train.batch_size, shares)
     if over:

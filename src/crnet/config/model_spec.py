@@ -16,7 +16,7 @@ from crnet import architectures, linears, streams
 from crnet.architectures import Architecture
 from crnet.config.sections import ModelConfig, options_of
 from crnet.linears import Parameterization
-from crnet.specs import Position, Read, Shape, Slot, TensorSpec, constant, normal
+from crnet.specs import Position, Read, Shape, Slot, Split, TensorSpec, constant, normal
 from crnet.streams import Stream
 
 
@@ -37,6 +37,9 @@ class ModelSpec:
     """Feed-forward widths are stored padded with zeros to a multiple of it (``padded``)."""
     held: frozenset[str] | None = None
     """Full names of the tensors that this process has; None: all."""
+    part_idx: int = 0
+    num_parts: int = 1
+    """Which part of the maps is stored, of how many (``in_parts``)."""
 
     @property
     def architecture_options(self) -> Any:
@@ -59,7 +62,7 @@ class ModelSpec:
         return self.num_layers * len(self.architecture.writes)
 
     @cached_property
-    def _position_of(self) -> Mapping[str, Position]:
+    def position_of(self) -> Mapping[str, Position]:
         return {position.name: position for position in self.positions}
 
     @cached_property
@@ -92,7 +95,7 @@ class ModelSpec:
     def map_tensors(self, slot: Slot) -> dict[str, TensorSpec]:
         """The parameters of a slot's map, the bias of its position among them."""
         tensors = self.linear.tensors(slot, self.linear_options)
-        if self._position_of[slot.position].has_bias:
+        if self.position_of[slot.position].has_bias:
             bias = TensorSpec((slot.out_size,), "bias", constant(0.0), decays=False)
             tensors = tensors | {"bias": bias}
         return tensors
@@ -115,9 +118,69 @@ class ModelSpec:
             raise ValueError(f"{self.linear.name} in {self.architecture.name} cannot be padded")
         return dataclasses.replace(self, width_multiple=multiple)
 
+    def in_parts(self, part_idx: int, num_parts: int) -> ModelSpec:
+        """This model, one part of it stored: of each map the columns or rows that its position
+        says (``specs.Position.split``).
+
+        Everything it declares stays, as in ``padded``. Only ``stored_slots`` and
+        ``stored_shapes`` are narrower than ``wide_shapes``. A feed-forward width that does not
+        divide is padded; that heads do, ``config.check_tensor`` has seen.
+        """
+        multiple = self.width_multiple
+        if multiple > 1 or self.shape.intermediate_size % num_parts:
+            multiple *= num_parts
+        return dataclasses.replace(
+            self, part_idx=part_idx, num_parts=num_parts, width_multiple=multiple
+        )
+
+    def split_of(self, slot: Slot) -> Split:
+        """How processes share a slot's map. ``config.check_tensor`` has seen that they
+        can."""
+        found = self.linear.split(slot, self.linear_options)
+        assert isinstance(found, Split), found
+        return found
+
+    @cached_property
+    def split_dims(self) -> Mapping[str, int]:
+        """By full name, the dimension along which a stored tensor is a part of the whole."""
+        shapes, wide = self.stored_shapes, self.wide_shapes
+        differing = {
+            name: [dim for dim, size in enumerate(shape) if size != wide[name][dim]]
+            for name, shape in shapes.items()
+        }
+        return {name: dim for name, dims in differing.items() for dim in dims}
+
+    @cached_property
+    def summed(self) -> tuple[str, ...]:
+        """Full names of tensors that every process has whole, and a part of their gradients."""
+        return tuple(
+            f"{self.map_name(slot)}.{name}"
+            for block in self.slots
+            for slot in block
+            if self.num_parts > 1 and self.position_of[slot.position].split == "columns"
+            for name in self.split_of(slot).summed
+        )
+
     @cached_property
     def stored_slots(self) -> tuple[tuple[Slot, ...], ...]:
         """The slots as wide as their maps are in memory."""
+        if self.num_parts == 1:
+            return self._wide_slots
+
+        def divided(slot: Slot) -> Slot:
+            side = self.position_of[slot.position].split
+            out_size, in_size = slot.out_size, slot.in_size
+            if side == "columns":
+                out_size //= self.num_parts
+            elif side == "rows":
+                in_size //= self.num_parts
+            return dataclasses.replace(slot, in_size=in_size, out_size=out_size)
+
+        return tuple(tuple(map(divided, block)) for block in self._wide_slots)
+
+    @cached_property
+    def _wide_slots(self) -> tuple[tuple[Slot, ...], ...]:
+        """The slots with their padding, undivided."""
         if self.width_multiple == 1:
             return self.slots
         size = -(-self.shape.intermediate_size // self.width_multiple) * self.width_multiple
@@ -134,8 +197,16 @@ class ModelSpec:
     @cached_property
     def stored_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """By full name, the shape that a parameter has in memory."""
+        return self._shapes(self.stored_slots)
+
+    @cached_property
+    def wide_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """By full name, the shape of a parameter in memory if all parts of it were together."""
+        return self._shapes(self._wide_slots)
+
+    def _shapes(self, slots: tuple[tuple[Slot, ...], ...]) -> Mapping[str, tuple[int, ...]]:
         shapes = {name: spec.shape for name, spec in self.tensors.items()}
-        for block in self.stored_slots:
+        for block in slots:
             for slot in block:
                 owner = self.map_name(slot)
                 for name, spec in self.map_tensors(slot).items():
@@ -144,7 +215,7 @@ class ModelSpec:
 
     def map_name(self, slot: Slot) -> str:
         """Full name of a slot's map in the model."""
-        return f"model.layers.{slot.layer_idx}.{self._position_of[slot.position].module}"
+        return f"model.layers.{slot.layer_idx}.{self.position_of[slot.position].module}"
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:

@@ -193,6 +193,9 @@ class ParallelConfig:
     """Copies of the model, each with its share of every batch."""
     shard: Free[int] = 1
     """Processes that split the weights, gradients and optimizer state of a copy, and its share."""
+    tensor: Free[int] = 1
+    """Processes that compute every block of a copy together, each with a part of its heads and of
+    the feed-forward's columns."""
     checkpoint: Free[Literal["whole", "parts"]] = "whole"
     """whole: the first process gathers a checkpoint and writes it; parts: every process writes what
     it has, while training goes on. Either is read by any number of processes."""
@@ -200,8 +203,9 @@ class ParallelConfig:
     """Of a pipeline. 1f1b: one stage a process; interleaved: two, less waiting and more sending."""
 
 
-SIZES = ("pipeline", "data", "shard")
-"""The keys of ``parallel`` that count processes, in the order of their ranks."""
+SIZES = ("pipeline", "data", "shard", "tensor")
+"""The keys of ``parallel`` that count processes, outermost first: ranks that differ in the last one
+are neighbours."""
 STAGES_A_PROCESS = {"1f1b": 1, "interleaved": 2}
 
 

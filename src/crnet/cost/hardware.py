@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from crnet.config.check_tensor import parts_problems
 from crnet.cost.micro_batch import Precision
 from crnet.cost.stages import boundary_bytes, cut
 from crnet.cost.workload import Workload
@@ -129,6 +130,7 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
     micro-batches, once a pass (``boundary_passes``). With a carry from block to block that is the
     stream and what blocks hand on (6 h + 2 f wide for CR-Net where keys are not grouped, eq. 48's
     "communication dimension"), else the stream; left out where there are fewer blocks than ranks.
+    ``tensor``: ``tensor_bytes``, all-reduced in a ring; left out where a model cannot be so split.
     """
     if ranks < 2:
         return {}
@@ -149,7 +151,39 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
         ]
         found["pipeline, a boundary"] = max(boundaries)
         found["pipeline, all boundaries"] = sum(boundaries)
+    if not list(parts_problems(work.spec, ranks)):
+        found["tensor"] = 2 * share * tensor_bytes(work)
     return found
+
+
+def tensor_bytes(work: Workload) -> int:
+    """Bytes that are summed between the processes of ``--parallel.tensor`` in one optimizer step,
+    whatever their number.
+
+    Every micro-batch, of every block: in the forward pass of o and down, in the backward pass of
+    the others, their bottleneck (its rank wide) or, at full rank, the output of each and the
+    gradient of each input (h wide). ``block`` runs forward sums again that the backward pass reads.
+    Once a step: gradients of what is whole everywhere and acts on split outputs (gains), the norm.
+    """
+    spec, once_more = work.spec, work.plan.policy == "block"
+    widths = 0
+    for block in spec.slots:
+        inputs: dict[str, int] = {}
+        for slot in block:
+            position, at = spec.position_of[slot.position], spec.split_of(slot).at
+            if position.split == "columns" and at == "edge":
+                inputs[position.input] = slot.in_size
+            else:
+                width = slot.rank if at == "bottleneck" else slot.out_size
+                # A whole output that only leaves the block is read by nobody in it.
+                is_last = at == "edge" and slot.position == spec.architecture.writes[-1]
+                repeats = once_more and position.split == "rows" and not is_last
+                widths += width * (2 if repeats else 1)
+        widths += sum(inputs.values())
+    micro_batch = work.micro_batch
+    crossing = work.num_micro_batches * micro_batch.rows * micro_batch.compute_bytes * widths
+    summed = (spec.tensors[name] for name in spec.in_parts(0, 2).summed)
+    return crossing + sum(4 * tensor.num_items for tensor in summed if tensor.trained) + 4
 
 
 def boundary_passes(work: Workload, bottom: int) -> int:

@@ -20,7 +20,8 @@ from crnet.errors import ConfigError
 from crnet.linears._maps import dtype_of
 from crnet.model.build import copy_into, lay_out, to_memory
 from crnet.model.language_model import LanguageModel
-from crnet.model.padding import pad, stored_on
+from crnet.model.padding import stored_on
+from crnet.model.parts import stored
 from crnet.storage import parts
 from crnet.storage.checkpoint import IN_WEIGHTS, WEIGHTS, Checkpoint
 
@@ -48,35 +49,27 @@ def load_model(
     except (ValueError, ArithmeticError) as error:
         raise ConfigError(f"{saved.folder}: its model cannot be built ({error})") from error
     dtype = weights_dtype(saved.config.train.precision)
-    if saved.in_parts and spec.width_multiple == 1:
-        return _from_parts(saved, device, spec, lay, dtype)
+    model = lay(spec)
+    if saved.in_parts and spec.width_multiple == model.spec.num_parts == 1:
+        check_weights(spec, _declared_weights(saved), dtype, saved.folder / parts.INDEX)
+        to_memory(model, device, dtype)
+        own = {f"{IN_WEIGHTS}{name}": each.detach() for name, each in model.named_parameters()}
+        parts.read_into(saved.folder, own)
+        return model
     weights = saved.weights()
     check_weights(spec, weights, dtype, saved.folder / WEIGHTS)
-    model = lay(spec)
     to_memory(model, device, dtype)
     copy_weights(model, weights)
     return model
 
 
-def _from_parts(
-    saved: Checkpoint,
-    device: torch.device | str,
-    spec: ModelSpec,
-    lay: Callable[[ModelSpec], LanguageModel],
-    dtype: torch.dtype,
-) -> LanguageModel:
-    """From parts into the model's own memory, or into this process's part of it."""
-    weights = {
-        name.removeprefix(IN_WEIGHTS): torch.empty(shape, dtype=found, device="meta")
-        for name, (shape, found) in parts.declared(saved.folder).items()
+def _declared_weights(saved: Checkpoint) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of weights that were written in parts, without memory."""
+    return {
+        name.removeprefix(IN_WEIGHTS): torch.empty(shape, dtype=dtype, device="meta")
+        for name, (shape, dtype) in parts.declared(saved.folder).items()
         if name.startswith(IN_WEIGHTS)
     }
-    check_weights(spec, weights, dtype, saved.folder / parts.INDEX)
-    model = lay(spec)
-    to_memory(model, device, dtype)
-    own = {f"{IN_WEIGHTS}{name}": each.detach() for name, each in model.named_parameters()}
-    parts.read_into(saved.folder, own)
-    return model
 
 
 def load_tokenizer(saved: Checkpoint) -> tokenizer.Tokenizer:
@@ -125,7 +118,7 @@ def copy_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
     are spread over processes, into those that are here."""
     parameters = dict(model.named_parameters())
     for name in model.spec.tensors:
-        copy_into(parameters[name], pad(weights[name], model.spec.stored_shapes[name]))
+        copy_into(parameters[name], stored(weights[name], name, model.spec))
 
 
 def pick_device(name: str) -> torch.device:

@@ -13,7 +13,8 @@ memory, but the gain must then be a Python number, that is, a wait for the GPU; 
 the rows in chunks that fit the cache, which measured no faster (LOG.md).
 
 Recomputation takes the map apart: ``up_project`` is its second half, ``carry_from`` undoes it, and
-a caller who knows Z and Y already gets the same node of the graph from them (``known``).
+a caller who knows Z and Y already gets the same node of the graph from them (``known``). Several
+processes take it in parts: Z and dZ are where they add up what each has (``sums``).
 
 Shapes: B batch, T tokens, M = B T rows, D input width, F output width, R rank.
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crnet.kernels import carried_cuda
+from crnet.kernels.partial import PartialSum
 from crnet.kernels.precision import cast, compute_dtype, scaled
 
 DOT_ITEMS = 1 << 30
@@ -40,10 +42,13 @@ class _LowRank(torch.autograd.Function):
     """``(x A) B`` and, with a carry, ``gain * carry`` below it. Saves x, Z, A, B, carry, gain."""
 
     @staticmethod
-    def forward(ctx, x_MD, a_DR, b_RF, carry_MF, gain_1, z_MR, y_MF):
+    def forward(ctx, x_MD, a_DR, b_RF, carry_MF, gain_1, z_MR, y_MF, sums):
         if y_MF is None:
             z_MR = x_MD @ a_DR
+            if sums is not None:
+                z_MR = sums.forward(z_MR)
             y_MF = _up_project(z_MR, b_RF, carry_MF, gain_1)
+        ctx.sums = sums
         ctx.save_for_backward(x_MD, z_MR, a_DR, b_RF, carry_MF, gain_1)
         return y_MF
 
@@ -61,10 +66,12 @@ class _LowRank(torch.autograd.Function):
         dgain_1 = None if dgain is None else dgain.to(gain_1.dtype).view(1)
         dy_MF = dy_MF.to(x_MD.dtype)
         dz_MR = dy_MF @ b_RF.T if wants_x or wants_a else None
+        if ctx.sums is not None and dz_MR is not None:
+            dz_MR = ctx.sums.backward(dz_MR)
         db_RF = z_MR.T @ dy_MF if wants_b else None
         da_DR = x_MD.T @ dz_MR if wants_a else None
         dx_MD = dz_MR @ a_DR.T if wants_x else None
-        return dx_MD, da_DR, db_RF, dcarry_MF, dgain_1, None, None
+        return dx_MD, da_DR, db_RF, dcarry_MF, dgain_1, None, None, None
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
@@ -101,6 +108,7 @@ def carried_lowrank(
     *,
     carry_dtype: torch.dtype | None = None,
     known: Known | None = None,
+    sums: PartialSum | None = None,
 ) -> Tensor:
     """Return ``gain * carry + (x A) B``.
 
@@ -112,6 +120,7 @@ def carried_lowrank(
         carry_dtype: of the sum and the result; None: the compute dtype (autocast's where it is on,
             else that of ``x_BTD``).
         known: Z and the result, where a recomputation has them: only the graph is made.
+        sums: where this is a part of the map: over Z, or dZ, of the other parts.
     Returns:
         (B, T, F) in ``carry_dtype``.
     Raises:
@@ -131,19 +140,25 @@ def carried_lowrank(
             f"B {tuple(b_RF.shape)}, carry {tuple(carry_BTF.shape)} (wanted {wanted})"
         )
     dtype = carry_dtype or compute_dtype(x_BTD)
-    return _apply(x_BTD, a_DR, b_RF, carry_BTF.to(dtype), gain_1, known)
+    return _apply(x_BTD, a_DR, b_RF, carry_BTF.to(dtype), gain_1, known, sums)
 
 
-def low_rank(x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, known: Known | None = None) -> Tensor:
+def low_rank(
+    x_BTD: Tensor,
+    a_DR: Tensor,
+    b_RF: Tensor,
+    known: Known | None = None,
+    sums: PartialSum | None = None,
+) -> Tensor:
     """Return ``(x A) B``: ``carried_lowrank`` without a carry."""
-    return _apply(x_BTD, a_DR, b_RF, None, None, known)
+    return _apply(x_BTD, a_DR, b_RF, None, None, known, sums)
 
 
-def _apply(x_BTD, a_DR, b_RF, carry_BTF, gain_1, known: Known | None) -> Tensor:
+def _apply(x_BTD, a_DR, b_RF, carry_BTF, gain_1, known: Known | None, sums) -> Tensor:
     x, a_DR, b_RF = cast(x_BTD, a_DR, b_RF)
     z_MR, y_MF = (rows(tensor) for tensor in known) if known else (None, None)
     carry_MF = None if carry_BTF is None else rows(carry_BTF)
-    y_MF = _LowRank.apply(rows(x), a_DR, b_RF, carry_MF, gain_1, z_MR, y_MF)
+    y_MF = _LowRank.apply(rows(x), a_DR, b_RF, carry_MF, gain_1, z_MR, y_MF, sums)
     return y_MF.view(*x.shape[:-1], -1)
 
 

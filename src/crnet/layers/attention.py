@@ -36,11 +36,11 @@ class Context:
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(H)) v, q and k rotated where there are tables; then the output map."""
 
-    def __init__(self, layer_idx: int, num_heads: int, num_kv_heads: int):
+    def __init__(self, layer_idx: int, head_size: int):
+        """As many heads as the maps are wide: the counts are nowhere told."""
         super().__init__()
         self.layer_idx = layer_idx
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
 
     def forward(self, x_BTD: Tensor, project: Any, context: Context) -> Tensor:
         """Return the output of the map ``o``, (B, T, width)."""
@@ -50,8 +50,7 @@ class Attention(nn.Module):
 
         def heads(position: str) -> Tensor:
             y_BTD = project(position, x_BTD).to(dtype)
-            count = self.num_heads if position == "q" else self.num_kv_heads
-            y_BTNH = y_BTD.view(batch, num_new, count, -1)
+            y_BTNH = y_BTD.view(batch, num_new, -1, self.head_size)
             if tables is not None and position != "v":
                 y_BTNH = rotate(y_BTNH, *tables)
             return y_BTNH.transpose(1, 2)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crnet.registry import discover, find
-from crnet.specs import Position, Read, Shape, Slot, TensorSpec, Work
+from crnet.specs import Position, Read, Shape, Slot, Split, TensorSpec, Work
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -61,6 +61,12 @@ class Parameterization:
     def reads(self, slot: Slot, options: Any) -> Read | None:
         """What the map reads of an earlier block."""
         return None
+
+    def split(self, slot: Slot, options: Any) -> Split | str:
+        """How processes share the map, each with a part of its columns or rows; or why they cannot,
+        half a sentence. A map adds up by ``LinearMap.sums``. A method with events cannot: they want
+        whole tensors."""
+        return "it does not say where the parts of its maps are added up"
 
     def output_bytes(self, slot: Slot, options: Any, item_bytes: int) -> int:
         """Of an item of the output, items of the compute dtype so wide."""

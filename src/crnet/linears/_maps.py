@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from crnet.kernels.carried import known_dense, low_rank, up_project
+from crnet.kernels.partial import PartialSum, left
 from crnet.kernels.precision import cast
 from crnet.specs import Forget, TensorSpec
 
@@ -45,6 +46,9 @@ class LinearMap(nn.Module):
     bottleneck has to, or it is refused under replay."""
     carry_dtype: torch.dtype | None = None
     """Of the output, where it is not the compute dtype."""
+    sums: PartialSum | None = None
+    """Set from outside where this is a part of a map: what is added up with the other parts, where
+    the method says (``specs.Split.at``)."""
     bias: nn.Parameter | None
     """Of the position, where it has one: added by the block, never by the map."""
 
@@ -116,6 +120,8 @@ class DenseMap(LinearMap):
             output = known_dense(x_BTD, self.weight, known[1])
         else:
             output = nn.functional.linear(*cast(x_BTD, self.weight))
+            if self.sums:
+                output = left(output, self.sums.group)
         return output, output
 
     def dense_weight(self) -> Tensor:
@@ -130,11 +136,11 @@ class LowRankMap(LinearMap):
     B: nn.Parameter
 
     def run(self, x_BTD, carry, known):
-        output = low_rank(x_BTD, self.A, self.B, known)
+        output = low_rank(x_BTD, self.A, self.B, known, self.sums)
         return output, output
 
     def down_project(self, x_BTD, carry):
-        return x_times(x_BTD, self.A)
+        return x_times(x_BTD, self.A, self.sums)
 
     def up_project(self, bottleneck, carry):
         return up_project(bottleneck, self.B)
@@ -143,10 +149,11 @@ class LowRankMap(LinearMap):
         return (self.A.detach().float() @ self.B.detach().float()).T
 
 
-def x_times(x_BTD: Tensor, a_DR: Tensor) -> Tensor:
-    """``x A`` in the compute dtype."""
+def x_times(x_BTD: Tensor, a_DR: Tensor, sums: PartialSum | None = None) -> Tensor:
+    """``x A`` in the compute dtype, of all parts of the map. Called without gradients."""
     x_BTD, a_DR = cast(x_BTD, a_DR)
-    return x_BTD @ a_DR
+    z_BTR = x_BTD @ a_DR
+    return z_BTR if sums is None else sums.forward(z_BTR)
 
 
 def spectral_factor(

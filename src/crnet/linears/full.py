@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from crnet.linears import Parameterization
 from crnet.linears._declarations import dense, dense_work
+from crnet.specs import Split
 
 
 class Full(Parameterization):
@@ -20,6 +21,9 @@ class Full(Parameterization):
 
     def work(self, slot, options, rows, item_bytes):
         return dense_work(slot, rows)
+
+    def split(self, slot, options):
+        return Split("edge")
 
     def make(self, slot, options):
         from crnet.linears._maps import DenseMap

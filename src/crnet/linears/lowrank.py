@@ -7,6 +7,7 @@ from typing import Literal
 
 from crnet.linears import Parameterization
 from crnet.linears._declarations import TABLE_RANKS, above_zero, factors, factors_work
+from crnet.specs import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ class LowRank(Parameterization):
 
     def work(self, slot, options, rows, item_bytes):
         return factors_work(slot, rows, item_bytes)
+
+    def split(self, slot, options):
+        return Split("bottleneck")
 
     def initial_value(self, name, slot, options, generator):
         from crnet.linears._maps import spectral_factor

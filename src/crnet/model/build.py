@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from crnet.config.model_spec import ModelSpec
 from crnet.linears._maps import dtype_of
 from crnet.model.language_model import LanguageModel
-from crnet.model.padding import pad
+from crnet.model.parts import stored
 from crnet.model.seeds import generator_of
 from crnet.specs import Slot, TensorSpec
 
@@ -103,7 +103,7 @@ def fill(model: LanguageModel, seed: int) -> None:
         f"{sorted(parameters.keys() ^ model.spec.tensors.keys())}"
     )
     for name, value in initial_values(model.spec, seed):
-        copy_into(parameters[name], pad(value, model.spec.stored_shapes[name]))
+        copy_into(parameters[name], stored(value, name, model.spec))
 
 
 def initial_values(spec: ModelSpec, seed: int) -> Iterator[tuple[str, Tensor]]:

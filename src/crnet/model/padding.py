@@ -64,31 +64,35 @@ def cut(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def pad_state(state: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """An optimizer's state dict: what has the shape of its parameter is padded as that is."""
-    return _reshaped(state, spec, _declared(spec), spec.stored_shapes, pad)
+    if spec.width_multiple == 1:
+        return dict(state)
+    wide = spec.wide_shapes
+    return reshaped_state(state, _declared(spec), lambda value, name: pad(value, wide[name]))
 
 
 def cut_state(state: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """Inverse of ``pad_state``."""
-    return _reshaped(state, spec, spec.stored_shapes, _declared(spec), cut)
+    if spec.width_multiple == 1:
+        return dict(state)
+    declared = _declared(spec)
+    return reshaped_state(state, spec.wide_shapes, lambda value, name: cut(value, declared[name]))
 
 
 def _declared(spec: ModelSpec) -> Shapes:
     return {name: tensor.shape for name, tensor in spec.tensors.items()}
 
 
-def _reshaped(
-    state: Mapping[str, Any],
-    spec: ModelSpec,
-    before: Shapes,
-    after: Shapes,
-    change: Callable[[Tensor, tuple[int, ...]], Tensor],
+def reshaped_state(
+    state: Mapping[str, Any], shapes: Shapes, change: Callable[[Tensor, str], Any]
 ) -> dict[str, Any]:
-    if spec.width_multiple == 1 or not state:  # empty: of a rank that does not write
-        return dict(state)
+    """An optimizer's state dict: ``change(value, name)`` for what has the shape of its parameter,
+    which ``shapes`` gives by full name."""
+    if not state:  # of a rank that does not write
+        return {}
 
     def changed(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
-            return change(value, after[name]) if tuple(value.shape) == before[name] else value
+            return change(value, name) if tuple(value.shape) == shapes[name] else value
         if isinstance(value, Mapping):
             return {key: changed(item, name) for key, item in value.items()}
         if isinstance(value, (list, tuple)):

@@ -4,6 +4,7 @@
     shard    weights, gradients and state split over the processes, block by block (fully_shard)
     both     copies that are split: a mesh of two dimensions
     pipeline some of the blocks on every process (``parallel.pipeline``)
+    tensor   every block in parts, computed together (``model.parts``); copies of that with data
 
 Gradients are added up and never averaged: the loss of every row is divided by the target tokens of
 the whole batch, wherever it is computed. So the step is the same however the batch is shared.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from crnet.config.model_spec import ModelSpec
+from crnet.kernels.partial import added_up
 from crnet.model.build import lay_out
 from crnet.model.language_model import Around, LanguageModel, plainly
+from crnet.model.parts import join
 from crnet.parallel.whole import whole, whole_parameters
 from crnet.parallel.world import ALONE, World
 
@@ -33,12 +36,20 @@ TokensAndTargets = tuple[Tensor, Tensor]
 class Engine:
     """A model, and how its processes compute with it together."""
 
+    _parted: Set[Tensor] = frozenset()
+    """Parameters that are one process's part of a map."""
+    _summed: Sequence[Tensor] = ()
+    """Whole ones that act on a part."""
+
     def __init__(self, model: LanguageModel, world: World = ALONE):
         self.model, self.world = model, world
         self.is_split = any(hasattr(each, "device_mesh") for each in model.parameters())
         self._call: Any = model
         if world.parallel.data > 1 and not self.is_split:
             self._call = copies(model, world)
+        named = dict(model.named_parameters())
+        self._parted = {named[name] for name in model.spec.split_dims}
+        self._summed = [named[name] for name in model.spec.summed if named[name].requires_grad]
 
     def accumulate(
         self,
@@ -65,16 +76,35 @@ class Engine:
                     # By the whole step's tokens: micro-batches add up to the batch.
                     (loss / num_tokens).backward()
                 loss_sum += loss.detach()
+        self._sum_parts()
         return loss_sum
+
+    def _sum_parts(self) -> None:
+        """Add up the gradients of what acts on a part of the columns alone, and is no part itself:
+        one sum for all of them."""
+        if not self._summed:
+            return
+        gradients = [each.grad for each in self._summed if each.grad is not None]
+        flat = added_up(torch.cat([each.flatten() for each in gradients]), self.world.parts)
+        found = flat.split([each.numel() for each in gradients])
+        for gradient, value in zip(gradients, found, strict=True):
+            gradient.copy_(value.view_as(gradient))
+
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Norm of the gradient of these parameters, of all of the model; 0-d, the same everywhere.
+
+        What every process has whole counts once.
+        """
+        found = [each for each in parameters if each.grad is not None]
+        if not self._parted:
+            return whole(_norm(found))
+        parts = _norm([each for each in found if each in self._parted])
+        rest = _norm([each for each in found if each not in self._parted])
+        return (added_up(parts.square(), self.world.parts) + rest.square()).sqrt()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Summed loss and number of targets of some rows, without gradients."""
         return self.model(tokens, targets)
-
-    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Norm of the whole gradient, whichever process has the parameters; 0-d."""
-        gradients = [each.grad for each in parameters if each.grad is not None]
-        return whole(torch.nn.utils.get_total_norm(gradients))
 
     def around_events(self) -> Around:
         """Around what a parameterization does to one of its maps: the map has whole tensors."""
@@ -90,6 +120,11 @@ class Engine:
                 yield
             return
         yield
+
+
+def _norm(parameters: Sequence[Tensor]) -> Tensor:
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def copies(model: nn.Module, world: World) -> nn.Module:
@@ -127,7 +162,11 @@ def split(model: LanguageModel, world: World) -> None:
 
 def lay_out_shared(spec: ModelSpec, world: World) -> LanguageModel:
     """This process's part of a model, without memory."""
+    if world.part[1] > 1:
+        spec = spec.in_parts(*world.part)
     model = lay_out(spec)
+    if spec.num_parts > 1:
+        join(model, world.parts)
     if world.parallel.shard > 1:
         split(model, world)
     return model

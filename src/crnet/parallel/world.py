@@ -46,6 +46,8 @@ class World:
     """Group of all, on the CPU, for what goes on beside training."""
     pipe: Any = None
     """Group of those that compute the same rows with different stages, in the order of these."""
+    parts: Any = None
+    """Group of those that compute the same rows with different parts of every block."""
 
     @property
     def is_first(self) -> bool:
@@ -58,6 +60,13 @@ class World:
         if self.mesh is None:
             return 0, 1
         return dist.get_rank(self.rows), dist.get_world_size(self.rows)
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which of how many parts of every block this process computes."""
+        if self.mesh is None:
+            return 0, 1
+        return dist.get_rank(self.parts), dist.get_world_size(self.parts)
 
     def sum(self, value: Tensor) -> Tensor:
         """Add ``value`` up over the shares of the batch, in place."""
@@ -184,7 +193,9 @@ def _world(parallel: ParallelConfig, device: str) -> World:
     rows = mesh["data", "shard"]._flatten("rows").get_group()
     aside = dist.new_group(backend="gloo") if parallel.checkpoint == "parts" else None
     pipe = mesh["pipeline"].get_group()
-    return World(parallel, dist.get_rank(), dist.get_world_size(), mesh, rows, aside, pipe)
+    parts = mesh["tensor"].get_group()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(parallel, rank, size, mesh, rows, aside, pipe, parts)
 
 
 def local_rank() -> int:

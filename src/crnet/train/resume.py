@@ -19,11 +19,13 @@ from crnet.config.serialize import read_json
 from crnet.errors import ConfigError
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import cut, cut_state, pad_state
+from crnet.model.parts import part_state
 from crnet.parallel.full_state import (
     full_optimizer_state,
     full_weights,
     load_full_optimizer_state,
 )
+from crnet.parallel.parts import whole_state, whole_weights
 from crnet.parallel.stage_state import own_state, state_of_stages, weights_of_stages
 from crnet.parallel.whole import is_split
 from crnet.parallel.world import ALONE, World
@@ -147,9 +149,12 @@ def all_weights(model: LanguageModel, world: World = ALONE) -> dict[str, Tensor]
 
     Split over ranks, or in stages: on the CPU of rank 0, and on other ranks nothing that counts.
     """
-    found = (
-        full_weights(model) if _any_split(model.parameters()) else dict(model.named_parameters())
-    )
+    if model.spec.num_parts > 1:
+        found = whole_weights(model, world)
+    elif _any_split(model.parameters()):
+        found = full_weights(model)
+    else:
+        found = dict(model.named_parameters())
     declared = model.spec.tensors
     found = {name: cut(tensor, declared[name].shape) for name, tensor in found.items()}
     return weights_of_stages(found, model.spec.whole(), world)
@@ -165,6 +170,8 @@ def snapshot(
     """
     parameters = _parameters(optimizer)
     found = full_optimizer_state(optimizer) if _any_split(parameters) else optimizer.state_dict()
+    if spec.num_parts > 1:
+        found = whole_state(found, spec, world)
     found = state_of_stages(cut_state(found, spec), spec.whole(), world)
     return {"optimizer": found, **random_states(parameters[0].device)}
 
@@ -186,7 +193,8 @@ def restore(
     """Inverse of ``snapshot``. ``spec``: of the model's part on this process."""
     split = _any_split(_parameters(optimizer))
     load = load_full_optimizer_state if split else optimizers.load_state
-    load(optimizer, pad_state(own_state(optimizer, state["optimizer"]), spec))
+    own = pad_state(own_state(optimizer, state["optimizer"]), spec)
+    load(optimizer, part_state(own, spec))
     set_random_states(state, device)
 
 

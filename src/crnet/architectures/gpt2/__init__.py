@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crnet.architectures import Architecture, _passes
+from crnet.architectures import Architecture, _passes, split_side
 from crnet.specs import BlockWork, Position, TensorSpec, constant, normal
 
 
@@ -31,6 +31,10 @@ class GPT2(Architecture):
     examples = (GPT2Options(max_length=16),)
     ties_embeddings = True
     pads = True
+    input_modules = {
+        "attention norm": "input_layernorm",
+        "feed-forward norm": "post_attention_layernorm",
+    }
 
     def problems(self, shape, options):
         found = []
@@ -56,7 +60,7 @@ class GPT2(Architecture):
             ("up", "mlp.up_proj", h, f, "feed-forward norm"),
             ("down", "mlp.down_proj", f, h, "activated"),
         )
-        return tuple(Position(*row, has_bias=True) for row in rows)
+        return tuple(Position(*row, has_bias=True, split=split_side(row[-1])) for row in rows)
 
     def tensors(self, shape, options):
         h, std = shape.hidden_size, normal(shape.init_std)

@@ -15,6 +15,6 @@ class GPT2Block(PreNormBlock):
     def __init__(self, shape: Shape, layer_idx: int, keeps_activation: bool):
         super().__init__()
         self.input_layernorm = LayerNorm(shape.hidden_size, shape.norm_eps)
-        self.self_attn = Attention(layer_idx, shape.num_heads, shape.num_heads)
+        self.self_attn = Attention(layer_idx, shape.head_size)
         self.post_attention_layernorm = LayerNorm(shape.hidden_size, shape.norm_eps)
         self.mlp = FeedForward(keeps_activation)

@@ -6,7 +6,7 @@ Parameters carry Hugging Face's names, so that a full-rank state dict is one of
 
 from __future__ import annotations
 
-from crnet.architectures import Architecture, _passes
+from crnet.architectures import Architecture, _passes, split_side
 from crnet.specs import BlockWork, Position, TensorSpec, constant, in_each_way, normal
 
 
@@ -14,6 +14,10 @@ class Llama(Architecture):
     name = "llama"
     summary = "RMSNorm, rotary embedding, gated feed-forward; seven positions"
     pads = True
+    input_modules = {
+        "attention norm": "input_layernorm",
+        "feed-forward norm": "post_attention_layernorm",
+    }
 
     def problems(self, shape, options):
         if shape.head_size % 2:
@@ -26,15 +30,16 @@ class Llama(Architecture):
 
     def positions(self, shape, options):
         h, f, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_size
-        return (
-            Position("q", "self_attn.q_proj", h, h, "attention norm"),
-            Position("k", "self_attn.k_proj", h, kv, "attention norm"),
-            Position("v", "self_attn.v_proj", h, kv, "attention norm"),
-            Position("o", "self_attn.o_proj", h, h, "mixed"),
-            Position("gate", "mlp.gate_proj", h, f, "feed-forward norm"),
-            Position("up", "mlp.up_proj", h, f, "feed-forward norm"),
-            Position("down", "mlp.down_proj", f, h, "activated"),
+        rows = (
+            ("q", "self_attn.q_proj", h, h, "attention norm"),
+            ("k", "self_attn.k_proj", h, kv, "attention norm"),
+            ("v", "self_attn.v_proj", h, kv, "attention norm"),
+            ("o", "self_attn.o_proj", h, h, "mixed"),
+            ("gate", "mlp.gate_proj", h, f, "feed-forward norm"),
+            ("up", "mlp.up_proj", h, f, "feed-forward norm"),
+            ("down", "mlp.down_proj", f, h, "activated"),
         )
+        return tuple(Position(*row, split=split_side(row[-1])) for row in rows)
 
     def tensors(self, shape, options):
         norm = TensorSpec((shape.hidden_size,), "norm", constant(1.0), decays=False)

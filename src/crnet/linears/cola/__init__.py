@@ -13,7 +13,7 @@ from typing import Literal
 
 from crnet.linears import Parameterization
 from crnet.linears._declarations import TABLE_RANKS, above_zero, factors_work, pair
-from crnet.specs import Passes, Shape, Slot, TensorSpec, Traffic, Work, normal
+from crnet.specs import Passes, Shape, Slot, Split, TensorSpec, Traffic, Work, normal
 
 SMALLEST_WITHOUT_ACTIVATION = 1024
 """Hidden size from which the published runs drop the feed-forward's own activation (350M)."""
@@ -61,6 +61,9 @@ class CoLA(Parameterization):
             # SiLU once more, and its slope.
             backward_passes=Passes(silu, silu, Traffic(3 * activated, 1)),
         )
+
+    def split(self, slot: Slot, options: CoLAOptions) -> Split:
+        return Split("bottleneck")  # before SiLU: a sum of what SiLU gives would be another map
 
     def make(self, slot: Slot, options: CoLAOptions):
         from crnet.linears.cola.module import CoLAMap

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from crnet.kernels.carried import rows, up_project
+from crnet.kernels.partial import PartialSum
 from crnet.kernels.precision import cast
 from crnet.linears._maps import Known, LowRankMap
 
@@ -24,7 +25,7 @@ class CoLAMap(LowRankMap):
     """``y = silu(x A) B``; A (D, R), B (R, F). Its bottleneck is ``x A``, before SiLU."""
 
     def run(self, x_BTD, carry, known):
-        output = activated_lowrank(x_BTD, self.A, self.B, known)
+        output = activated_lowrank(x_BTD, self.A, self.B, known, self.sums)
         return output, output
 
     def up_project(self, bottleneck, carry):
@@ -35,7 +36,11 @@ class CoLAMap(LowRankMap):
 
 
 def activated_lowrank(
-    x_BTD: Tensor, a_DR: Tensor, b_RF: Tensor, known: Known | None = None
+    x_BTD: Tensor,
+    a_DR: Tensor,
+    b_RF: Tensor,
+    known: Known | None = None,
+    sums: PartialSum | None = None,
 ) -> Tensor:
     """Return ``silu(x A) B``, (B, T, F) in the compute dtype.
 
@@ -43,23 +48,27 @@ def activated_lowrank(
         x_BTD: input of the map.
         a_DR, b_RF: the factors; cast to the compute dtype.
         known: ``x A`` and the result, where a recomputation has them: only the graph is made.
+        sums: where this is a part of the map: over ``x A``, or its gradient, of the other parts.
     Cost: 2 M R (D + F) FLOPs forward, twice that backward; keeps ``x A`` (M R items) and x.
     Numerics: SiLU and its slope in fp32 inside, rounded once.
     Source: CoLA, the layer.
     """
     x, a_DR, b_RF = cast(x_BTD, a_DR, b_RF)
     z_MR, y_MF = (rows(tensor) for tensor in known) if known else (None, None)
-    y_MF = _ActivatedLowRank.apply(rows(x), a_DR, b_RF, z_MR, y_MF)
+    y_MF = _ActivatedLowRank.apply(rows(x), a_DR, b_RF, z_MR, y_MF, sums)
     return y_MF.view(*x.shape[:-1], -1)
 
 
 class _ActivatedLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MD, a_DR, b_RF, z_MR, y_MF):
+    def forward(ctx, x_MD, a_DR, b_RF, z_MR, y_MF, sums):
         if y_MF is None:
             z_MR = x_MD @ a_DR
+            if sums is not None:
+                z_MR = sums.forward(z_MR)
             y_MF = silu(z_MR) @ b_RF
         ctx.save_for_backward(x_MD, z_MR, a_DR, b_RF)
+        ctx.sums = sums
         return y_MF
 
     @staticmethod
@@ -69,8 +78,10 @@ class _ActivatedLowRank(torch.autograd.Function):
         wants_x, wants_a, wants_b = ctx.needs_input_grad[:3]
         db_RF = silu(z_MR).T @ dy_MF if wants_b else None
         if not (wants_x or wants_a):
-            return None, None, db_RF, None, None
+            return None, None, db_RF, None, None, None
         dz_MR = torch.ops.aten.silu_backward(dy_MF @ b_RF.T, z_MR)
+        if ctx.sums is not None:
+            dz_MR = ctx.sums.backward(dz_MR)
         da_DR = x_MD.T @ dz_MR if wants_a else None
         dx_MD = dz_MR @ a_DR.T if wants_x else None
-        return dx_MD, da_DR, db_RF, None, None
+        return dx_MD, da_DR, db_RF, None, None, None

@@ -23,7 +23,7 @@ from crnet.linears._declarations import (
     factors_work,
     inner_passes,
 )
-from crnet.specs import Passes, Read, Slot, TensorSpec, Traffic, Work, constant
+from crnet.specs import Passes, Read, Slot, Split, TensorSpec, Traffic, Work, constant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +150,12 @@ class CRNet(Parameterization):
             inverts=self.source == "below",
             initial_gain=options.beta_init,
         )
+
+    def split(self, slot: Slot, options: CRNetOptions) -> Split:
+        """The carry of a map is split as its output is: it never crosses."""
+        if not slot.rank:
+            return Split("edge")
+        return Split("bottleneck", ("beta",) if slot.layer_idx else ())
 
     def output_bytes(self, slot: Slot, options: CRNetOptions, item_bytes: int) -> int:
         wide = options.carry_dtype == "fp32" and not _begins(slot.layer_idx, options)

@@ -34,11 +34,12 @@ class CRNetMap(LinearMap):
             gain(self.beta),
             carry_dtype=self.carry_dtype,
             known=known,
+            sums=self.sums,
         )
         return output, output
 
     def down_project(self, x_BTD, carry):
-        return x_times(x_BTD, self.A)
+        return x_times(x_BTD, self.A, self.sums)
 
     def up_project(self, bottleneck, carry):
         return up_project(bottleneck, self.B, carry, gain(self.beta), self.carry_dtype)

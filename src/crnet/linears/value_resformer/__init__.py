@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from crnet.linears import Parameterization
 from crnet.linears._declarations import dense, dense_backward, dense_work, inner_passes
-from crnet.specs import Passes, Read, Slot, TensorSpec, Traffic, Work, constant
+from crnet.specs import Passes, Read, Slot, Split, TensorSpec, Traffic, Work, constant
 
 POSITION = "v"
 INITIAL = 0.5
@@ -60,6 +60,9 @@ class ValueResFormer(Parameterization):
 
     def reads(self, slot: Slot, options) -> Read | None:
         return Read("first", slot.out_size, initial_gain=INITIAL) if _is_mixed(slot) else None
+
+    def split(self, slot: Slot, options) -> Split:
+        return Split("edge", ("lambda1", "lambda2") if _is_mixed(slot) else ())
 
     def make(self, slot: Slot, options):
         from crnet.linears._maps import DenseMap
