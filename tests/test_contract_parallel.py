@@ -34,7 +34,10 @@ from crnet.parallel.world import ALONE, World, joined
 STEPS = 3
 LAYOUTS = [{"data": 2}, {"shard": 2}]
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes"),
+]
 
 
 def all_examples() -> dict[str, small.Example]:

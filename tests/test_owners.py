@@ -59,7 +59,10 @@ CASES = {
 LAYOUTS = {2: [{"shard": 2}], 4: [{"shard": 4}, {"data": 2, "shard": 2}]}
 """By number of processes."""
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes"),
+]
 
 
 def config_of(case: str) -> tuple[ModelConfig, OptimizerConfig]:

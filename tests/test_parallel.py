@@ -8,13 +8,14 @@ added in another order. Between processes, and before and after a resume, they a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from crnet.config.sections import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
+    num_processes,
 )
 from crnet.config.serialize import command_line, override, read_json, to_dict
 from crnet.errors import ConfigError
@@ -66,6 +68,7 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
     "full": {"model": {"linear": "full", "tie_embeddings": True}},
     "parts": {"parallel": {"checkpoint": "parts"}},
     "attnres": {"model": {"linear": "lowrank", "stream": "attnres"}},
+    "bf16": {"train": {"precision": "bf16"}},
     "muon": {"optimizer": {"name": "muon"}},
     "apollo": {"model": {"linear": "full"}, "optimizer": {"name": "apollo", "apollo": {"rank": 8}}},
     "apollo-mini": {"model": {"linear": "full"}, "optimizer": {"name": "apollo-mini"}},
@@ -75,12 +78,32 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """What is trained, by what differs from ``BASE``."""
-LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
-    2: {"data": {"data": 2}, "shard": {"shard": 2}},
-    4: {"data x shard": {"data": 2, "shard": 2}, "data 4": {"data": 4}},
+LAYOUTS: dict[str, dict[str, int]] = {
+    "data": {"data": 2},
+    "shard": {"shard": 2},
+    "pipeline": {"pipeline": 2},
+    "tensor": {"tensor": 2},
+    "data x shard": {"data": 2, "shard": 2},
+    "data 4": {"data": 4},
 }
-"""By number of processes: how they share a run."""
-CLOSE = {"bf16-mixed": 2e-3, "muon": 2e-4, "resets": 2e-4}
+"""How processes share a run."""
+FAST = (
+    ("data", "plain"),
+    ("data", "accumulated"),
+    ("shard", "plain"),
+    ("shard", "muon"),
+    ("pipeline", "accumulated"),
+    ("tensor", "plain"),
+)
+"""Those of two processes that are not slow: one start serves them."""
+FEW = ("plain", "accumulated", "muon", "apollo")
+SLOW = (
+    *(("data", what) for what in WHAT if what != "parts" and ("data", what) not in FAST),
+    *(("shard", what) for what in WHAT if what != "bf16" and ("shard", what) not in FAST),
+    *(("data x shard", what) for what in FEW),
+    *(("data 4", what) for what in FEW[:2]),
+)
+CLOSE = {"bf16-mixed": 2e-3, "bf16": 5e-3, "muon": 2e-4, "resets": 2e-4}
 """Relative difference of a loss that counts as rounding, where it is not 2e-5: products in bf16
 round by 2^-9, and which rows are added first decides some of them (torch's Muon orthogonalises in
 bf16)."""
@@ -104,17 +127,14 @@ def configured(corpus: Path, what: str, **parallel: int) -> RunConfig:
     return override(found, parallel=parallel)
 
 
-def whats(size: int, layout: str) -> Collection[str]:
-    few = ("plain", "accumulated", *(("muon", "apollo") if "x" in layout else ()))
-    return WHAT if size == 2 else few
-
-
-def runs_of(size: int, corpus: Path) -> list[Run]:
-    found = []
-    for layout, sizes in LAYOUTS[size].items():
-        for what in whats(size, layout):
-            name = f"{layout}, {what}"
-            found.append(Run(name, configured(corpus, what, **sizes), name))
+def runs_of(cases: Iterable[tuple[str, str]], corpus: Path) -> dict[int, list[Run]]:
+    """Runs by number of processes."""
+    found: dict[int, list[Run]] = {}
+    for layout, what in cases:
+        name = f"{layout}, {what}"
+        config = configured(corpus, what, **LAYOUTS[layout])
+        runs = found.setdefault(num_processes(config.parallel), [])
+        runs.append(Run(name, config, name))
     return found
 
 
@@ -130,23 +150,34 @@ def launch(size: int, folder: Path, runs: list[Run], program: str = "parallel_ru
     assert done.returncode == 0, done.stderr[:4000]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """Every run, by one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    for what in WHAT:
-        training.run(configured(corpus, what), folder / what, progress=False)
-    return folder
+Folders = Callable[[str, str], tuple[Path, Path]]
+"""(layout, what) -> the folder of the runs of its processes, that of the runs of one."""
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[int, Path]:
-    """Every run, by two and by four processes; then some of them go on in another layout."""
-    root = tmp_path_factory.mktemp("shared")
-    found = {size: root / str(size) for size in LAYOUTS}
-    for size, folder in found.items():
-        launch(size, folder, runs_of(size, corpus))
-    return found
+def folders(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Folders:
+    """Everything in FAST, or in SLOW, is run when the first of it is asked for."""
+    root = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def alone(what: str) -> Path:
+        parallel = {"checkpoint": "whole"}
+        config = override(configured(corpus, what), parallel=parallel)
+        training.run(config, root / "alone" / what, progress=False)
+        return root / "alone" / what
+
+    @functools.cache
+    def shared(cases: tuple[tuple[str, str], ...]) -> None:
+        for size, runs in runs_of(cases, corpus).items():
+            launch(size, root / f"{size}-{len(cases)}", runs)
+
+    def of(layout: str, what: str) -> tuple[Path, Path]:
+        cases = FAST if (layout, what) in FAST else SLOW
+        shared(cases)
+        size = num_processes(ParallelConfig(**LAYOUTS[layout]))
+        return root / f"{size}-{len(cases)}", alone(what)
+
+    return of
 
 
 def losses(folder: Path) -> list[float]:
@@ -154,20 +185,16 @@ def losses(folder: Path) -> list[float]:
     return [row.get("loss", row.get("val_loss")) for row in rows]
 
 
-CASES = [
-    (size, layout, what)
-    for size, layouts in LAYOUTS.items()
-    for layout in layouts
-    for what in whats(size, layout)
-]
+every_case = pytest.mark.parametrize(
+    ("layout", "what"), [*FAST, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+)
 
 
-@pytest.mark.parametrize(("size", "layout", "what"), CASES)
-def test_as_one_process(
-    size: int, layout: str, what: str, shared: dict[int, Path], alone: Path
-) -> None:
+@every_case
+def test_as_one_process(layout: str, what: str, folders: Folders) -> None:
     """The same losses of training and of evaluation, the same tokens, the same weights."""
-    ours, theirs = shared[size] / f"{layout}, {what}", alone / what
+    folder, theirs = folders(layout, what)
+    ours = folder / f"{layout}, {what}"
     close = CLOSE.get(what, 2e-5)
     assert losses(ours) == pytest.approx(losses(theirs), rel=close)
     rows, wanted = (metrics.read(each / "metrics.jsonl") for each in (ours, theirs))
@@ -187,21 +214,19 @@ def test_as_one_process(
     assert state["state"].keys() == their_state["state"].keys()
 
 
-@pytest.mark.parametrize(("size", "layout", "what"), CASES)
-def test_every_process_tells_the_same(
-    size: int, layout: str, what: str, shared: dict[int, Path]
-) -> None:
+@every_case
+def test_every_process_tells_the_same(layout: str, what: str, folders: Folders) -> None:
+    folder, _ = folders(layout, what)
+    size = num_processes(ParallelConfig(**LAYOUTS[layout]))
     seen = [
-        json.loads((shared[size] / f"{layout}, {what}.{rank}.json").read_text())
-        for rank in range(size)
+        json.loads((folder / f"{layout}, {what}.{rank}.json").read_text()) for rank in range(size)
     ]
     assert seen == seen[:1] * size
     assert seen[0]["step"] == STEPS
 
 
-def test_goes_on_in_every_other_layout(
-    shared: dict[int, Path], corpus: Path, tmp_path: Path, alone: Path
-) -> None:
+@pytest.mark.slow
+def test_goes_on_in_every_other_layout(corpus: Path, tmp_path: Path) -> None:
     """4 processes -> 2 that split -> 2 copies -> 1, three steps each; rows in the same order."""
     order: list[tuple[int, dict[str, Any]]] = [
         (4, {"data": 2, "shard": 2, "checkpoint": "parts"}),

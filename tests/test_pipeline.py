@@ -33,11 +33,11 @@ from crnet.storage import checkpoint, metrics
 from crnet.train import run as training
 from test_parallel import BASE, Run, launch, losses
 
-STEPS = 4
+STEPS = 3
 PIPE = override(
     BASE,
     model={"num_layers": 4},
-    train={"steps": STEPS, "micro_batch_size": 2, "eval_every_steps": 2, "save_every_steps": 2},
+    train={"steps": STEPS, "micro_batch_size": 2, "eval_every_steps": 0, "save_every_steps": 0},
 )
 WHAT: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
@@ -65,7 +65,10 @@ FAULTS = ("fault: order", "fault: scale", "fault: norm")
 CLOSE = {"block": 2e-3}
 """Relative difference of a loss that counts as rounding, where it is not 2e-5: bf16-mixed."""
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes"),
+]
 
 
 def configured(corpus: Path, what: str, **parallel: Any) -> RunConfig:
@@ -97,7 +100,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 def longer(corpus: Path, **parallel: Any) -> RunConfig:
     """A run that goes on twice."""
-    return override(configured(corpus, "plain", **parallel), train={"steps": 6})
+    return override(
+        configured(corpus, "plain", **parallel), train={"steps": 6, "save_every_steps": 2}
+    )
 
 
 def as_if_killed(run_dir: Path, step: int) -> None:
@@ -324,6 +329,7 @@ def test_every_tensor_is_in_one_stage() -> None:
         ({"train": {"micro_batch_size": 3}}, "is not divided by"),
         ({"model": {"tie_embeddings": True}}, "say --model.tie-embeddings false"),
         ({"parallel": {"shard": 2}}, "say --parallel.data"),
+        ({"parallel": {"checkpoint": "parts"}}, "say --parallel.checkpoint whole"),
         ({"train": {"recompute": "invert"}}, "say replay, block or none"),
         ({"train": {"compile": True}}, "--train.compile is not supported"),
         ({"model": {"crnet": {"restarts": "5"}}}, "block 5 is not one of 2 to 4"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from crnet import optimizers
+from crnet import linears, optimizers, streams
+from crnet.config.check import check
 from crnet.config.model_spec import model_spec
 from crnet.config.presets import PRESETS
-from crnet.config.sections import ParallelConfig, options_of
+from crnet.config.sections import SIZES, ParallelConfig, RunConfig, options_of
+from crnet.config.serialize import override
 from crnet.cost.shared import RankBytes, bytes_of_rank
 from crnet.cost.workload import resolved
+from crnet.errors import ConfigError
 from crnet.specs import Role, TensorSpec, normal
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -67,3 +71,69 @@ def test_tables() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     for table in (whole_table(), bytes_table()):
         assert "\n".join(table) in text, "\n".join(table)
+
+
+LAYOUTS = {
+    "alone": {},
+    "data": {"data": 2},
+    "shard": {"shard": 2},
+    "data x shard": {"data": 2, "shard": 2},
+    "pipeline": {"pipeline": 2},
+    "data x pipeline": {"data": 2, "pipeline": 2},
+    "tensor": {"tensor": 2},
+    "data x tensor": {"data": 2, "tensor": 2},
+}
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    "every parameterization and stream": {
+        f"{key} {name}": {"model": {key: name}}
+        for key, seam in (("linear", linears), ("stream", streams))
+        for name in seam.names()
+    },
+    "every optimizer": {name: {"optimizer": {"name": name}} for name in optimizers.names()},
+    "recompute `block`, `replay`": {
+        name: {"train": {"recompute": name}} for name in ("block", "replay")
+    },
+    "recompute `invert`": {"": {"train": {"recompute": "invert"}}},
+    "bf16-mixed": {"": {"train": {"precision": "bf16-mixed"}}},
+    "bf16": {"": {"train": {"precision": "bf16"}}},
+    "`--train.compile`": {"": {"train": {"compile": True}}},
+    "checkpoints in parts": {"": {"parallel": {"checkpoint": "parts"}}},
+    "tied head": {"": {"model": {"tie_embeddings": True}}},
+}
+
+
+def is_taken(parallel: dict[str, int], sections: dict[str, dict[str, Any]]) -> bool:
+    micro = {"micro_batch_size": 2}
+    config = override(RunConfig(), parallel=parallel, train=micro)
+    try:
+        check(override(config, **sections))
+    except ConfigError:
+        return False
+    return True
+
+
+def layouts_table() -> list[str]:
+    """What is taken and what is refused, asked of ``config.check``."""
+    lines = [f"| | {' | '.join(LAYOUTS)} |", f"|{'---|' * (len(LAYOUTS) + 1)}"]
+    for row, variants in ROWS.items():
+        cells = []
+        for parallel in LAYOUTS.values():
+            names = [name for name, each in variants.items() if is_taken(parallel, each)]
+            some = ", ".join(names) if row == "every optimizer" else "some"
+            cells.append("yes" if len(names) == len(variants) else some if names else "no")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return lines
+
+
+def test_what_is_refused_is_what_the_page_says() -> None:
+    assert "\n".join(layouts_table()) in DOCUMENT.read_text(encoding="utf-8"), "\n".join(
+        layouts_table()
+    )
+
+
+def test_other_products_are_refused() -> None:
+    """Of all pairs of sizes, those that the page does not name."""
+    named = {tuple(sorted(each)) for each in LAYOUTS.values() if len(each) == 2}
+    for pair in itertools.combinations(SIZES, 2):
+        if tuple(sorted(pair)) not in named:
+            assert not is_taken(dict.fromkeys(pair, 2), {}), pair

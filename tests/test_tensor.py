@@ -76,7 +76,10 @@ CLOSE = {"bf16-mixed": 2e-3}
 """Relative difference of a loss that counts as rounding, where it is not 2e-5: products in bf16
 round by 2^-9, and a sum over two processes rounds its summands."""
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes"),
+]
 
 
 def configured(corpus: Path, what: str, **parallel: int) -> RunConfig:

@@ -36,6 +36,11 @@ def pipeline_problems(config: RunConfig) -> Iterator[str]:
             "--parallel.pipeline with --parallel.shard: fully_shard scatters gradients at the end "
             "of every backward pass, and a stage has one for each micro-batch; say --parallel.data"
         )
+    if parallel.checkpoint == "parts":
+        yield (
+            "--parallel.pipeline with --parallel.checkpoint parts: stages number their optimizer's "
+            "state each for itself; say --parallel.checkpoint whole"
+        )
     if train.recompute in ("invert", "auto"):
         yield (
             f"--parallel.pipeline with --train.recompute {train.recompute}: "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import resource
 import threading
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from crnet.config.sections import SIZES, ParallelConfig, num_processes
 from crnet.errors import ConfigError, ReportedError, TrainingError
@@ -156,7 +158,7 @@ ALONE = World()
 @contextlib.contextmanager
 def joined(parallel: ParallelConfig) -> Iterator[World]:
     """Bring the processes that torchrun started together, for as long as the run lasts; those that
-    the caller has brought together stay so. (A store that torchrun keeps serves one gathering.)
+    the caller has brought together stay so.
 
     Raises:
         ConfigError: there are more or fewer processes than ``parallel`` shares the run between.
@@ -177,12 +179,23 @@ def joined(parallel: ParallelConfig) -> Iterator[World]:
     if dist.is_initialized():
         yield _world(parallel, device)
         return
-    timeout = datetime.timedelta(seconds=TIMEOUT_S)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
+    _gather("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     yield _world(parallel, device)
     # Not after an error: the others may be gone, and nothing more is agreed with them.
     dist.destroy_process_group()
+
+
+_gatherings = itertools.count()
+
+
+def _gather(backend: str) -> None:
+    """Bring the processes together, each time under names of its own: torchrun keeps one store, in
+    which a process that is started again would find the addresses of those that are gone."""
+    timeout = datetime.timedelta(seconds=TIMEOUT_S)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"start {start}, {next(_gatherings)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _world(parallel: ParallelConfig, device: str) -> World:
@@ -215,8 +228,7 @@ class _Life:
 
     def __init__(self, world: World):
         store: Any = dist.distributed_c10d._get_default_store()
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.world, self._key = world, f"crnet/life/{restart}"
+        self.world, self._key = world, "life"
         self._store = store.clone()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
