@@ -290,6 +290,20 @@ def test_another_number_of_processes_is_refused(corpus: Path, tmp_path: Path) ->
 with_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="finds a rank under /proc")
 
 
+def test_an_error_is_said_once(corpus: Path, tmp_path: Path) -> None:
+    """That the first process finds, and that all find."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    words = words_of(configured(corpus, "plain", data=2), tmp_path / "run")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "a run is there already" in line
+
+
 def words_of(config: RunConfig, out: Path, *more: str) -> list[str]:
     return ["-m", "crnet", *command_line(config), "--out", str(out), *more]
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import crnet
 from crnet.cli import environment, streams
 from crnet.cli.arguments import Command, whole_numbers
-from crnet.errors import ConfigError, TrainingError
+from crnet.errors import ConfigError, ReportedError, TrainingError
 
 if TYPE_CHECKING:
     import cyclopts
@@ -124,6 +124,8 @@ def _code_of(argv: list[str] | None) -> int:
             app_for(words)(words)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except ReportedError:  # another process of the run prints it
+        return 2
     except ConfigError as error:
         for problem in error.problems:
             print(f"crnet: {problem}", file=sys.stderr)

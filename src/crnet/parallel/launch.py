@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import uuid
@@ -27,6 +28,8 @@ def launch(words: Sequence[str], parallel: ParallelConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # What a process says is enough; torch's launcher would say in other words that it ended.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     count = num_processes(parallel)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     config = LaunchConfig(

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from crnet.config.sections import SIZES, ParallelConfig, num_processes
@@ -165,7 +166,8 @@ def joined(parallel: ParallelConfig) -> Iterator[World]:
     """
     wanted, given = num_processes(parallel), int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != given:
-        raise ConfigError(
+        error = ConfigError if os.environ.get("RANK", "0") == "0" else ReportedError
+        raise error(
             f"--parallel.* shares the run between {wanted} processes, and there "
             f"{'is' if given == 1 else 'are'} {given}; start it with torchrun --nproc-per-node "
             f"{wanted} -m crnet train ..., or let --parallel.* multiply to {given}"
@@ -194,7 +196,7 @@ def _gather(backend: str) -> None:
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"start {start}, {next(_gatherings)}", store)
+    store = PrefixStore(f"start {start}, {next(_gatherings)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
