@@ -169,7 +169,7 @@ def _run(
         tokenizer = {"tokenizer": prepared.tokenizer().save}
         last = saved.folder if saved else None
         record = Record(run_dir, log, corpus.hashes, tokenizer, last, world)
-        with same, contextlib.closing(log), signals() as stop:
+        with same, contextlib.closing(log), signals(say=world.is_first) as stop:
             loop = Loop(step, corpus.train, corpus.validation, record, stop)
             with world.naming_the_lost(lambda: f"step {loop.at.step}"):
                 loop.run(at, progress)

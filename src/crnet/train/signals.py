@@ -17,10 +17,11 @@ class Stop:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Stop]:
+def signals(*, say: bool = True) -> Iterator[Stop]:
     """The first SIGINT or SIGTERM asks the loop to save and stop; the second ends at once.
 
-    SIGHUP, a terminal that is gone, is one of them unless it is ignored, as under nohup.
+    SIGHUP, a terminal that is gone, is one of them unless it is ignored, as under nohup. ``say``: on
+    stderr; of several processes, one does.
     """
     stop = Stop()
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -32,6 +33,8 @@ def signals() -> Iterator[Stop]:
         for each in numbers:  # first of all: a second signal may come while the first is answered
             signal.signal(each, signal.SIG_DFL)
         stop.requested = signal.Signals(number).name
+        if not say:
+            return
         message = f"\n{stop.requested}: saving after this step; once more ends at once"
         with contextlib.suppress(RuntimeError):  # the signal came in the middle of another message
             print(message, file=sys.stderr)
