@@ -20,8 +20,8 @@ class Stop:
 def signals(*, say: bool = True) -> Iterator[Stop]:
     """The first SIGINT or SIGTERM asks the loop to save and stop; the second ends at once.
 
-    SIGHUP, a terminal that is gone, is one of them unless it is ignored, as under nohup. ``say``: on
-    stderr; of several processes, one does.
+    SIGHUP, a terminal that is gone, is one of them unless it is ignored, as under nohup.
+    ``say``: that it came, on stderr; of several processes, one does.
     """
     stop = Stop()
     numbers = [signal.SIGINT, signal.SIGTERM]
