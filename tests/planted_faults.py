@@ -759,7 +759,7 @@ FAULTS = [
     ),
     fault(
         "parts of moments are not brought together in order",
-        "parallel/parts.py",
+        "parallel/tensor_state.py",
         "return torch.cat(parts, dim)",
         "return torch.cat(parts[::-1], dim)",
         f"{PARTS}[full]",

@@ -27,7 +27,7 @@ from crnet.config.serialize import override, to_dict
 from crnet.cost.hardware import communication_bytes, tensor_bytes
 from crnet.cost.workload import workload
 from crnet.errors import ConfigError
-from crnet.model.parts import part, stored
+from crnet.model.tensor_parallel import part, stored
 from crnet.storage import checkpoint, metrics
 from crnet.train import run as training
 

@@ -21,7 +21,7 @@ from crnet.linears._maps import dtype_of
 from crnet.model.build import copy_into, lay_out, to_memory
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
-from crnet.model.parts import stored
+from crnet.model.tensor_parallel import stored
 from crnet.storage import parts
 from crnet.storage.checkpoint import IN_WEIGHTS, WEIGHTS, Checkpoint
 

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from crnet.config.model_spec import ModelSpec
 from crnet.linears._maps import dtype_of
 from crnet.model.language_model import LanguageModel
-from crnet.model.parts import stored
 from crnet.model.seeds import generator_of
+from crnet.model.tensor_parallel import stored
 from crnet.specs import Slot, TensorSpec
 
 MOST_THREADS = 16

@@ -4,7 +4,7 @@
     shard    weights, gradients and state split over the processes, block by block (fully_shard)
     both     copies that are split: a mesh of two dimensions
     pipeline some of the blocks on every process (``parallel.pipeline``)
-    tensor   every block in parts, computed together (``model.parts``); copies of that with data
+    tensor   every block in parts (``model.tensor_parallel``); copies of that with data
 
 Gradients are added up and never averaged: the loss of every row is divided by the target tokens of
 the whole batch, wherever it is computed. So the step is the same however the batch is shared.
@@ -25,7 +25,7 @@ from crnet.config.model_spec import ModelSpec
 from crnet.kernels.partial import added_up
 from crnet.model.build import lay_out
 from crnet.model.language_model import Around, LanguageModel, plainly
-from crnet.model.parts import join
+from crnet.model.tensor_parallel import join
 from crnet.parallel.whole import whole, whole_parameters
 from crnet.parallel.world import ALONE, World
 

@@ -19,14 +19,14 @@ from crnet.config.serialize import read_json
 from crnet.errors import ConfigError
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import cut, cut_state, pad_state
-from crnet.model.parts import part_state
+from crnet.model.tensor_parallel import part_state
 from crnet.parallel.full_state import (
     full_optimizer_state,
     full_weights,
     load_full_optimizer_state,
 )
-from crnet.parallel.parts import whole_state, whole_weights
 from crnet.parallel.stage_state import own_state, state_of_stages, weights_of_stages
+from crnet.parallel.tensor_state import whole_state, whole_weights
 from crnet.parallel.whole import is_split
 from crnet.parallel.world import ALONE, World
 from crnet.storage.checkpoint import Checkpoint
