@@ -314,7 +314,9 @@ def replace_by(kind: str, name: str) -> Callable[[Path], None]:
             os.mkfifo(path)
         elif kind == "a link to a like file":
             other = folder.parent / f"other-{name}"
-            other.write_bytes(middle(content))
+            if name == "checksums.json":  # its middle may speak of the state, which nobody reads
+                content = content.replace(b'"sha256": "', b'"sha256": "0')
+            other.write_bytes(content if name == "checksums.json" else middle(content))
             path.symlink_to(other)
 
     return act

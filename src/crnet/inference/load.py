@@ -49,17 +49,19 @@ def load_model(
     except (ValueError, ArithmeticError) as error:
         raise ConfigError(f"{saved.folder}: its model cannot be built ({error})") from error
     dtype = weights_dtype(saved.config.train.precision)
-    model = lay(spec)
-    if saved.in_parts and spec.width_multiple == model.spec.num_parts == 1:
+    if saved.in_parts:
         check_weights(spec, _declared_weights(saved), dtype, saved.folder / parts.INDEX)
-        to_memory(model, device, dtype)
+        weights = None  # read into the model's own memory, where its tensors are as they were saved
+    else:
+        weights = saved.weights()
+        check_weights(spec, weights, dtype, saved.folder / WEIGHTS)
+    model = lay(spec)
+    to_memory(model, device, dtype)
+    if weights is None and spec.width_multiple == model.spec.num_parts == 1:
         own = {f"{IN_WEIGHTS}{name}": each.detach() for name, each in model.named_parameters()}
         parts.read_into(saved.folder, own)
-        return model
-    weights = saved.weights()
-    check_weights(spec, weights, dtype, saved.folder / WEIGHTS)
-    to_memory(model, device, dtype)
-    copy_weights(model, weights)
+    else:
+        copy_weights(model, saved.weights() if weights is None else weights)
     return model
 
 

@@ -122,6 +122,8 @@ def _row(line: bytes) -> Row:
     row = parse_json(line)
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise ValueError("it has no step")
+    if "val_loss" in row and "val_tokens" not in row:
+        raise ValueError("it has a val_loss and no val_tokens")
     row = {key: math.nan if value is None else value for key, value in row.items()}
     for key in ("loss", "val_loss", "val_tokens", "tokens"):
         if not isinstance(row.get(key, 0), (int, float)):
