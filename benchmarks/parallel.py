@@ -40,8 +40,7 @@ SIDES: dict[str, list[str]] = {
 }
 TINY = (
     "--model.hidden-size 32 --model.intermediate-size 48 --model.num-layers 4 --model.num-heads 2 "
-    "--model.rank 8 --data.vocab-size 300 --data.sequence-length 16 --train.batch-size 8 "
-    "--data.validation-tokens 600"
+    "--model.rank 8 --data.vocab-size 300 --data.sequence-length 16 --train.batch-size 8"
 )
 
 
