@@ -26,7 +26,7 @@ from crnet.kernels.partial import added_up
 from crnet.model.build import lay_out
 from crnet.model.language_model import Around, LanguageModel, plainly
 from crnet.model.tensor_parallel import join
-from crnet.parallel.whole import whole, whole_parameters
+from crnet.parallel.whole import is_split, whole, whole_parameters
 from crnet.parallel.world import ALONE, World
 
 TokensAndTargets = tuple[Tensor, Tensor]
@@ -43,7 +43,7 @@ class Engine:
 
     def __init__(self, model: LanguageModel, world: World = ALONE):
         self.model, self.world = model, world
-        self.is_split = any(hasattr(each, "device_mesh") for each in model.parameters())
+        self.is_split = any(map(is_split, model.parameters()))
         self._call: Any = model
         if world.parallel.data > 1 and not self.is_split:
             self._call = copies(model, world)
@@ -95,11 +95,10 @@ class Engine:
 
         What every process has whole counts once.
         """
-        found = [each for each in parameters if each.grad is not None]
         if not self._parted:
-            return whole(_norm(found))
-        parts = _norm([each for each in found if each in self._parted])
-        rest = _norm([each for each in found if each not in self._parted])
+            return whole(_norm(parameters))
+        parts = _norm([each for each in parameters if each in self._parted])
+        rest = _norm([each for each in parameters if each not in self._parted])
         return (added_up(parts.square(), self.world.parts) + rest.square()).sqrt()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

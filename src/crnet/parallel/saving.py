@@ -7,7 +7,7 @@ would have saved, whatever the processes were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def taken_apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[
     that this process has, by those names. A collective."""
     entries: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
-    for name, parameter in _named(optimizer):
+    for name, parameter in _named(optimizer.param_groups):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 part = f"{IN_STATE}{name}/{key}"
@@ -42,11 +42,7 @@ def taken_apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[
     dist.all_gather_object(of_all, entries)
     merged = {name: each for found in of_all for name, each in found.items()}
     groups = optimizer.state_dict()["param_groups"]
-    index_of = {
-        name: index
-        for group in groups
-        for name, index in zip(group["names"], group["params"], strict=True)
-    }
+    index_of = dict(_named(groups))
     state = {index_of[name]: merged[name] for name in index_of if name in merged}
     return {"state": state, "param_groups": groups}, tensors
 
@@ -59,12 +55,10 @@ def put_together(
     ``state``: the optimizer's, with tensors named.
     """
     declared = parts.declared(saved.folder)
-    names = [name for group in state["param_groups"] for name in group["names"]]
-    indices = [index for group in state["param_groups"] for index in group["params"]]
-    index_of = dict(zip(names, indices, strict=True))
+    index_of = dict(_named(state["param_groups"]))
     tensors: dict[str, Tensor] = {}
     filled: dict[Any, Any] = {}
-    for name, parameter in _named(optimizer):
+    for name, parameter in _named(optimizer.param_groups):
         entries = state["state"].get(index_of[name])
         if entries is None or not has_state(optimizer, parameter):
             continue
@@ -84,6 +78,7 @@ def _empty(parameter: Any, shape: tuple[int, ...], dtype: torch.dtype, in_parts:
     return torch.empty(shape, dtype=dtype, device=parameter.device if shape else "cpu")
 
 
-def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for group in optimizer.param_groups:
+def _named(groups: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """(full name, member) of an optimizer's groups: parameters, or their numbers in a state."""
+    for group in groups:
         yield from zip(group["names"], group["params"], strict=True)

@@ -20,8 +20,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from crnet.config.sections import SIZES, ParallelConfig, num_processes
 from crnet.errors import ConfigError, ReportedError, TrainingError
@@ -112,13 +110,13 @@ class World:
             raise ReportedError(found[1])
         return found[0]
 
-    def check_same(self, facts: dict[str, Any]) -> None:
+    def check_same(self, facts: Callable[[], dict[str, Any]]) -> None:
         """Raise ``ConfigError`` where a process has other facts than the first one (which, and
-        what): a corpus or a version that differs between machines."""
+        what): a corpus or a version that differs between machines. One process asks for none."""
         if self.size == 1:
             return
         of_all: list[Any] = [None] * self.size
-        dist.all_gather_object(of_all, facts)
+        dist.all_gather_object(of_all, facts())
         wrong = [
             f"process {rank} has {name} {found.get(name)!r}, the first one {wanted!r}; all "
             "processes of a run need the same"
@@ -193,6 +191,10 @@ _gatherings = itertools.count()
 def _gather(backend: str) -> None:
     """Bring the processes together, each time under names of its own: torchrun keeps one store, in
     which a process that is started again would find the addresses of those that are gone."""
+    # Here: a torch that is built without them trains with one process.
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

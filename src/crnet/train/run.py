@@ -134,7 +134,7 @@ def _run(
     prepare_device(config, device)
     work = workload(work_of_one(config, device))
     corpus = open_corpus(prepared, config)
-    world.check_same({"corpus": corpus.hashes, "code": describe_code()})
+    world.check_same(lambda: {"corpus": corpus.hashes, "code": describe_code()})
     same = deterministic(device) if config.train.deterministic else contextlib.nullcontext()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
