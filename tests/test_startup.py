@@ -20,7 +20,10 @@ from test_cli import train_words
 
 HEAVY = {"torch", "numpy", "matplotlib", "transformers", "tokenizers", "safetensors"}
 NOT_FOR_HELP = HEAVY | {"yaml", "rich.markdown", "crnet.config", "crnet.linears", "crnet.cost"}
-NOT_FOR_TRAINING = {"matplotlib", "transformers", "datasets", "pyarrow", "sentencepiece", "yaml"}
+NOT_FOR_TRAINING = {
+    *("matplotlib", "transformers", "datasets", "pyarrow", "sentencepiece", "yaml"),
+    "torch._dynamo",  # torch's compiler: it takes as long to import as torch
+}
 
 
 def imported(program: str) -> set[str]:
@@ -45,8 +48,26 @@ def test_help_of_the_program_imports_no_command(word: str) -> None:
     assert sorted(NOT_FOR_HELP & found) == []
 
 
-def test_what_trains_imports_no_picture_and_no_reader() -> None:
-    found = imported("import crnet.train.run")
+def test_what_trains_imports_no_picture_no_reader_and_no_compiler() -> None:
+    """Two steps of every optimizer are taken."""
+    found = imported(
+        "import torch, crnet.train.run\n"
+        "from crnet import optimizers\n"
+        "from crnet.config.sections import OptimizerConfig, options_of\n"
+        "from crnet.specs import TensorSpec, constant\n"
+        "settings = optimizers.Settings(0.1, 0.9, 0.999, 1e-8, 0.1, 0)\n"
+        "for name in optimizers.names():\n"
+        "    method, weight = optimizers.get(name), torch.nn.Parameter(torch.ones(4, 4))\n"
+        "    spec = TensorSpec((4, 4), 'matrix', constant(1.0))\n"
+        "    options = options_of(OptimizerConfig(), name)\n"
+        "    optimizer = method.build({'weight': (spec, weight)}, options, settings)\n"
+        "    for _ in range(2):\n"
+        "        weight.grad = torch.eye(4)\n"
+        "        optimizer.step()\n"
+        "        optimizer.zero_grad()\n"
+        "    optimizers.load_state(optimizer, optimizer.state_dict())\n"
+        "    assert weight[0, 0] < weight[0, 1]\n"
+    )
     assert "torch" in found
     assert sorted(NOT_FOR_TRAINING & found) == []
 

@@ -18,9 +18,9 @@ class AdamW(OptimizerMethod):
         return 2 * spec.num_items * item_bytes + 4
 
     def build(self, parameters, options, settings):
-        import torch
+        from crnet.optimizers import _torch
 
-        return torch.optim.AdamW(
+        return _torch.AdamW(
             param_groups(parameters, settings),
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from crnet.optimizers import OptimizerMethod, Settings
+from crnet.optimizers import OptimizerMethod, Settings, _torch
 from crnet.optimizers import _low_precision as low_precision
 from crnet.optimizers._low_precision import Bf16Update
 from crnet.optimizers._sharing import owners, part_of
@@ -75,7 +75,7 @@ class _Whole:
     """Items of each rank's part."""
 
 
-class Owned(Optimizer):
+class Owned(_torch.Optimizer):
     """A method's optimizer behind stand-ins for what it needs whole.
 
     Groups and state are the method's, with the model's parameters in them. The state of a tensor

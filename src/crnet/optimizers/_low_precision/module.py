@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from crnet.errors import ConfigError
-from crnet.optimizers import MASTER
+from crnet.optimizers import MASTER, _torch
 from crnet.specs import TensorSpec
 
 ITEMS_AT_ONCE = 1 << 24
@@ -49,7 +49,7 @@ class _Lent:
         return 0 if self.treatment == "own" else self.parameter.numel()
 
 
-class LowPrecision(Optimizer):
+class LowPrecision(_torch.Optimizer):
     """A method's optimizer behind stand-ins.
 
     Groups and state are the method's, with the model's parameters in them; the state has one more

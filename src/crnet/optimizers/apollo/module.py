@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from crnet.optimizers import Settings, param_groups
 from crnet.optimizers._projection import gaussian, is_right, project, seed_of
+from crnet.optimizers._torch import Optimizer
 from crnet.specs import TensorSpec
 
 TINY = 1e-8

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
-from torch.optim import Muon as TorchMuon
 
 from crnet.optimizers import Settings, param_groups
+from crnet.optimizers._torch import AdamW, Optimizer, body
 from crnet.specs import TensorSpec
+
+
+class Muon(Optimizer, torch.optim.Muon):
+    """torch's."""
+
+    step = torch.no_grad()(body(torch.optim.Muon, "step"))
 
 
 class MuonAndAdamW(Optimizer):
@@ -40,7 +45,7 @@ class MuonAndAdamW(Optimizer):
             group["lr"] = settings.lr * group["lr_factor"]
         self.parts: dict[str, Optimizer] = {}
         if of_muon:
-            self.parts["muon"] = TorchMuon(
+            self.parts["muon"] = Muon(
                 groups["muon"],
                 momentum=options.momentum,
                 nesterov=options.nesterov,
