@@ -528,3 +528,19 @@ def test_published_ranks_can_be_read(linear: str):
             changes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": 8}
             spec = model_spec(tiny(linear=linear, rank=word, num_kv_heads=None, **changes))
             assert all(slot.rank > 0 for slot in spec.slots[-1])
+
+
+@pytest.mark.parametrize("linear", linears.names())
+def test_gradients_that_meet_are_added_in_place(linear: str):
+    """Autograd does so unless the first of them is a view. Of torch's own dense product it is: once
+    for q k v, once for gate up."""
+    model = make(tiny(linear=linear, num_layers=4))
+    dense_blocks = sum(type(block.maps["q"]) is DenseMap for block in model.model.blocks())
+    tokens = torch.arange(12).view(2, 6)
+    loss, _ = model(tokens, tokens)
+    with torch.profiler.profile(record_shapes=True) as found:
+        loss.backward()
+    sums = [each for each in found.events() if each.name in ("aten::add", "aten::add_")]
+    wide = [each.name for each in sums if len(each.input_shapes[0]) == 3]
+    assert wide.count("aten::add_") > 2
+    assert wide.count("aten::add") <= 2 * dense_blocks

@@ -56,7 +56,7 @@ def swiglu(rows: int, width: int, e: int) -> Both:
     back = Traffic(5 * size, 1)
     return (
         Passes(Traffic(5 * size, 2), Traffic(3 * size, 1), Traffic(size)),
-        Passes(Traffic(21 * size, 7), back, back),
+        Passes(Traffic(11 * size, 4), back, back),
     )
 
 

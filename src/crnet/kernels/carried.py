@@ -42,36 +42,54 @@ class _LowRank(torch.autograd.Function):
     """``(x A) B`` and, with a carry, ``gain * carry`` below it. Saves x, Z, A, B, carry, gain."""
 
     @staticmethod
-    def forward(ctx, x_MD, a_DR, b_RF, carry_MF, gain_1, z_MR, y_MF, sums):
-        if y_MF is None:
-            z_MR = x_MD @ a_DR
+    def forward(ctx, x_BTD, a_DR, b_RF, carry_BTF, gain_1, z_MR, y_BTF, sums):
+        if y_BTF is None:
+            z_MR = rows(x_BTD) @ a_DR
             if sums is not None:
                 z_MR = sums.forward(z_MR)
-            y_MF = _up_project(z_MR, b_RF, carry_MF, gain_1)
+            carry_MF = None if carry_BTF is None else rows(carry_BTF)
+            y_BTF = unrows(_up_project(z_MR, b_RF, carry_MF, gain_1), x_BTD)
         ctx.sums = sums
-        ctx.save_for_backward(x_MD, z_MR, a_DR, b_RF, carry_MF, gain_1)
-        return y_MF
+        ctx.save_for_backward(x_BTD, z_MR, a_DR, b_RF, carry_BTF, gain_1)
+        return y_BTF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_MF):
-        x_MD, z_MR, a_DR, b_RF, carry_MF, gain_1 = ctx.saved_tensors
+    def backward(ctx, dy_BTF):
+        x_BTD, z_MR, a_DR, b_RF, carry_BTF, gain_1 = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_carry, wants_gain = ctx.needs_input_grad[:5]
+        x_MD, dy_MF = rows(x_BTD), rows(dy_BTF)
         # The elementwise passes come first, while dY is still in the cache from its producer.
-        if wants_carry and wants_gain and carried_cuda.takes_gradients(dy_MF):
-            dcarry_MF, dgain = carried_cuda.carry_gradients(dy_MF, carry_MF, gain_1)
-        else:
-            dcarry_MF = scaled(dy_MF, gain_1) if wants_carry else None
-            dgain = inner(dy_MF, carry_MF) if wants_gain else None
+        dcarry_MF, dgain = _carry_gradients(dy_MF, carry_BTF, gain_1, wants_carry, wants_gain)
+        dcarry_BTF = None if dcarry_MF is None else unrows(dcarry_MF, x_BTD)
         dgain_1 = None if dgain is None else dgain.to(gain_1.dtype).view(1)
         dy_MF = dy_MF.to(x_MD.dtype)
-        dz_MR = dy_MF @ b_RF.T if wants_x or wants_a else None
-        if ctx.sums is not None and dz_MR is not None:
-            dz_MR = ctx.sums.backward(dz_MR)
+        dx_BTD = da_DR = None
+        if wants_x or wants_a:
+            dz_MR = dy_MF @ b_RF.T
+            if ctx.sums is not None:
+                dz_MR = ctx.sums.backward(dz_MR)
+            da_DR = x_MD.T @ dz_MR if wants_a else None
+            dx_BTD = unrows(dz_MR @ a_DR.T, x_BTD) if wants_x else None
         db_RF = z_MR.T @ dy_MF if wants_b else None
-        da_DR = x_MD.T @ dz_MR if wants_a else None
-        dx_MD = dz_MR @ a_DR.T if wants_x else None
-        return dx_MD, da_DR, db_RF, dcarry_MF, dgain_1, None, None, None
+        return dx_BTD, da_DR, db_RF, dcarry_BTF, dgain_1, None, None, None
+
+
+def _carry_gradients(
+    dy_MF: Tensor,
+    carry_BTF: Tensor | None,
+    gain_1: Tensor | None,
+    wants_carry: bool,
+    wants_gain: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``gain dY`` and ``<dY, carry>``, as far as wanted."""
+    if carry_BTF is None or gain_1 is None:
+        return None, None
+    carry_MF = rows(carry_BTF)
+    if wants_carry and wants_gain and carried_cuda.takes_gradients(dy_MF):
+        return carried_cuda.carry_gradients(dy_MF, carry_MF, gain_1)
+    dcarry_MF = scaled(dy_MF, gain_1) if wants_carry else None
+    return dcarry_MF, inner(dy_MF, carry_MF) if wants_gain else None
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
@@ -156,15 +174,23 @@ def low_rank(
 
 def _apply(x_BTD, a_DR, b_RF, carry_BTF, gain_1, known: Known | None, sums) -> Tensor:
     x, a_DR, b_RF = cast(x_BTD, a_DR, b_RF)
-    z_MR, y_MF = (rows(tensor) for tensor in known) if known else (None, None)
-    carry_MF = None if carry_BTF is None else rows(carry_BTF)
-    y_MF = _LowRank.apply(rows(x), a_DR, b_RF, carry_MF, gain_1, z_MR, y_MF, sums)
-    return y_MF.view(*x.shape[:-1], -1)
+    z_MR, y_BTF = (rows(known[0]), known[1]) if known else (None, None)
+    return _LowRank.apply(x, a_DR, b_RF, carry_BTF, gain_1, z_MR, y_BTF, sums)
 
 
 def rows(x_BTD: Tensor) -> Tensor:
     """(M, D)."""
     return x_BTD.reshape(-1, x_BTD.shape[-1])
+
+
+def unrows(y_MF: Tensor, x_BTD: Tensor) -> Tensor:
+    """(B, T, F) of a new (M, F), its rows those of ``x_BTD``: for operations with a backward by
+    hand, which take and return tensors of the block's shape.
+
+    No view: where gradients meet, autograd adds the second to the first in place, unless the first
+    is a view; then it takes new memory for the sum.
+    """
+    return torch.ops.aten._unsafe_view.default(y_MF, [*x_BTD.shape[:-1], y_MF.shape[-1]])
 
 
 def up_project(
@@ -217,20 +243,24 @@ class _Dense(torch.autograd.Function):
     """``x W^T`` whose value is known: autograd's own backward, without the product."""
 
     @staticmethod
-    def forward(ctx, x_MD, weight_FD, y_MF):
-        ctx.save_for_backward(x_MD, weight_FD)
-        return y_MF
+    def forward(ctx, x_BTD, weight_FD, y_BTF):
+        ctx.save_for_backward(x_BTD, weight_FD)
+        return y_BTF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_MF):
-        x_MD, weight_FD = ctx.saved_tensors
-        dx_MD = dy_MF @ weight_FD if ctx.needs_input_grad[0] else None
-        dweight_FD = dy_MF.T @ x_MD if ctx.needs_input_grad[1] else None
-        return dx_MD, dweight_FD, None
+    def backward(ctx, dy_BTF):
+        x_BTD, weight_FD = ctx.saved_tensors
+        dx_BTD = rows_times(dy_BTF, weight_FD) if ctx.needs_input_grad[0] else None
+        dweight_FD = rows(dy_BTF).T @ rows(x_BTD) if ctx.needs_input_grad[1] else None
+        return dx_BTD, dweight_FD, None
+
+
+def rows_times(x_BTD: Tensor, weight_DF: Tensor) -> Tensor:
+    """``x W``, (B, T, F), in the dtype of both. Differentiable by nobody."""
+    return unrows(rows(x_BTD) @ weight_DF, x_BTD)
 
 
 def known_dense(x_BTD: Tensor, weight_FD: Tensor, y_BTF: Tensor) -> Tensor:
     """``x W^T`` given its value ``y_BTF``: makes the graph alone. Keeps x."""
-    x, weight_FD = cast(x_BTD, weight_FD)
-    return _Dense.apply(rows(x), weight_FD, rows(y_BTF)).view_as(y_BTF)
+    return _Dense.apply(*cast(x_BTD, weight_FD), y_BTF)

@@ -72,12 +72,12 @@ def _swiglu_forward(gate, up):
 
 
 def _swiglu_backward(dy, gate, up):
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    dup = dy * silu
-    # d silu/d gate = sigmoid + silu (1 - sigmoid); one exponential instead of two.
-    slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)
-    return slope.mul_(up).mul_(dy), dup
+    dgate = dy * up
+    if torch.compiler.is_compiling():
+        dgate = torch.ops.aten.silu_backward(dgate, gate)
+    else:
+        torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+    return dgate, torch.nn.functional.silu(gate).mul_(dy)
 
 
 class _SwiGLU(torch.autograd.Function):

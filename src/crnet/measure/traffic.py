@@ -27,6 +27,8 @@ _FREE = {
     *("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh", "is_pinned"),
 }
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_WRITTEN = ("out", "grad_input")
+"""Keywords of what an operation writes."""
 _TABLES = {"arange", "neg", "pow", "cos", "sin", "div"}
 """Of the rotary tables: once a run."""
 
@@ -49,7 +51,7 @@ class Count(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if name in _FREE or name in _TABLES or "attention" in name:
             return out
-        read = {key: value for key, value in kwargs.items() if key != "out"}
+        read = {key: value for key, value in kwargs.items() if key not in _WRITTEN}
         if kwargs.get("beta") == 0:  # what it adds to is not read
             args = args[1:]
         moved = Traffic(_moved(name, _tensors((args, read)), _tensors(out)), 1)

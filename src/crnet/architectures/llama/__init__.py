@@ -77,7 +77,7 @@ class Llama(Architecture):
             kept_outputs=("v", "gate", "up"),
             kept_bytes=statistics + rows * (h + kv) * e + sums,
             attention_bytes=hidden + sums,
-            activation_bytes=(4 if keeps_activation else 3) * activated,
+            activation_bytes=3 * activated,
             passes=forward + in_each_way(0, 2 if e < 4 else 0),  # casts of the tables
             backward_passes=backward,
             attention_moved_bytes=2 * rows * (h + kv) * e,

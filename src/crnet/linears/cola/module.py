@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from crnet.kernels.carried import rows, up_project
+from crnet.kernels.carried import rows, unrows, up_project
 from crnet.kernels.partial import PartialSum
 from crnet.kernels.precision import cast
 from crnet.linears._maps import Known, LowRankMap
@@ -54,27 +54,27 @@ def activated_lowrank(
     Source: CoLA, the layer.
     """
     x, a_DR, b_RF = cast(x_BTD, a_DR, b_RF)
-    z_MR, y_MF = (rows(tensor) for tensor in known) if known else (None, None)
-    y_MF = _ActivatedLowRank.apply(rows(x), a_DR, b_RF, z_MR, y_MF, sums)
-    return y_MF.view(*x.shape[:-1], -1)
+    z_MR, y_BTF = (rows(known[0]), known[1]) if known else (None, None)
+    return _ActivatedLowRank.apply(x, a_DR, b_RF, z_MR, y_BTF, sums)
 
 
 class _ActivatedLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MD, a_DR, b_RF, z_MR, y_MF, sums):
-        if y_MF is None:
-            z_MR = x_MD @ a_DR
+    def forward(ctx, x_BTD, a_DR, b_RF, z_MR, y_BTF, sums):
+        if y_BTF is None:
+            z_MR = rows(x_BTD) @ a_DR
             if sums is not None:
                 z_MR = sums.forward(z_MR)
-            y_MF = silu(z_MR) @ b_RF
-        ctx.save_for_backward(x_MD, z_MR, a_DR, b_RF)
+            y_BTF = unrows(silu(z_MR) @ b_RF, x_BTD)
+        ctx.save_for_backward(x_BTD, z_MR, a_DR, b_RF)
         ctx.sums = sums
-        return y_MF
+        return y_BTF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_MF):
-        x_MD, z_MR, a_DR, b_RF = ctx.saved_tensors
+    def backward(ctx, dy_BTF):
+        x_BTD, z_MR, a_DR, b_RF = ctx.saved_tensors
+        dy_MF = rows(dy_BTF)
         wants_x, wants_a, wants_b = ctx.needs_input_grad[:3]
         db_RF = silu(z_MR).T @ dy_MF if wants_b else None
         if not (wants_x or wants_a):
@@ -82,6 +82,6 @@ class _ActivatedLowRank(torch.autograd.Function):
         dz_MR = torch.ops.aten.silu_backward(dy_MF @ b_RF.T, z_MR)
         if ctx.sums is not None:
             dz_MR = ctx.sums.backward(dz_MR)
-        da_DR = x_MD.T @ dz_MR if wants_a else None
-        dx_MD = dz_MR @ a_DR.T if wants_x else None
-        return dx_MD, da_DR, db_RF, None, None, None
+        da_DR = rows(x_BTD).T @ dz_MR if wants_a else None
+        dx_BTD = unrows(dz_MR @ a_DR.T, x_BTD) if wants_x else None
+        return dx_BTD, da_DR, db_RF, None, None, None

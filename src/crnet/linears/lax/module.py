@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from crnet.kernels.carried import inner, rows
+from crnet.kernels.carried import inner, rows, rows_times, unrows
 from crnet.kernels.precision import cast
 from crnet.linears._maps import LowRankMap
 
@@ -35,60 +35,63 @@ class LaXMap(LowRankMap):
             self.register_parameter("gate", None)
 
     def run(self, x_BTD, carry, known):
-        x, a_DR, b_RF, carry_MR = self._cast(x_BTD, carry)
-        z_MR, y_MF = (rows(tensor) for tensor in known) if known else (None, None)
-        y_MF, z_MR = _Crossing.apply(rows(x), a_DR, b_RF, carry_MR, self.gate, z_MR, y_MF)
-        return tuple(tensor.view(*x.shape[:-1], -1) for tensor in (y_MF, z_MR))
+        z_BTR, y_BTF = known or (None, None)
+        return _Crossing.apply(*self._cast(x_BTD, carry), self.gate, z_BTR, y_BTF)
 
     def down_project(self, x_BTD, carry):
-        x, a_DR, _, carry_MR = self._cast(x_BTD, carry)
-        return latent(rows(x), a_DR, carry_MR, self.gate).view(*x.shape[:-1], -1)
+        x, a_DR, _, carry_BTR = self._cast(x_BTD, carry)
+        return latent(x, a_DR, carry_BTR, self.gate)
 
     def _cast(self, x_BTD: Tensor, carry: Tensor | None) -> tuple[Any, Any, Any, Any]:
         x, a_DR, b_RF = cast(x_BTD, self.A, self.B)
-        return x, a_DR, b_RF, None if carry is None else rows(carry.to(x.dtype))
+        return x, a_DR, b_RF, None if carry is None else carry.to(x.dtype)
 
 
-def latent(x_MD: Tensor, a_DR: Tensor, carry_MR: Tensor | None, gate_1: Tensor | None) -> Tensor:
-    """Return ``x A + gate carry``, (M, R); without a gate ``x A + carry``. No gradients.
+def latent(x_BTD: Tensor, a_DR: Tensor, carry_BTR: Tensor | None, gate_1: Tensor | None) -> Tensor:
+    """Return ``x A + gate carry``, (B, T, R); without a gate ``x A + carry``. No gradients.
 
     Args:
-        carry_MR: the bottleneck below, dtype of x; None in the first block.
+        carry_BTR: the bottleneck below, dtype of x; None in the first block.
         gate_1: (1,), cast to the dtype of x.
     Cost: 2 M D R FLOPs.
     Source: arXiv:2505.21732.
     """
-    if carry_MR is None:
-        return x_MD @ a_DR
-    if gate_1 is None:
-        return torch.addmm(carry_MR, x_MD, a_DR)
-    z_MR = carry_MR * gate_1.to(carry_MR.dtype)
-    return torch.addmm(z_MR, x_MD, a_DR, out=z_MR)
+    x_MD = rows(x_BTD)
+    if carry_BTR is None:
+        z_MR = x_MD @ a_DR
+    elif gate_1 is None:
+        z_MR = torch.addmm(rows(carry_BTR), x_MD, a_DR)
+    else:
+        z_MR = rows(carry_BTR) * gate_1.to(carry_BTR.dtype)
+        torch.addmm(z_MR, x_MD, a_DR, out=z_MR)
+    return unrows(z_MR, x_BTD)
 
 
 class _Crossing(torch.autograd.Function):
     """Keeps x, Z and the factors; with a gate also the gate and the carry."""
 
     @staticmethod
-    def forward(ctx, x_MD, a_DR, b_RF, carry_MR, gate_1, z_MR, y_MF):
-        if y_MF is None:
-            z_MR = latent(x_MD, a_DR, carry_MR, gate_1)
-            y_MF = z_MR @ b_RF
-        kept = (carry_MR, gate_1) if gate_1 is not None else (None, None)
-        ctx.save_for_backward(x_MD, z_MR, a_DR, b_RF, *kept)
-        return y_MF, z_MR
+    def forward(ctx, x_BTD, a_DR, b_RF, carry_BTR, gate_1, z_BTR, y_BTF):
+        if y_BTF is None:
+            z_BTR = latent(x_BTD, a_DR, carry_BTR, gate_1)
+            y_BTF = rows_times(z_BTR, b_RF)
+        kept = (carry_BTR, gate_1) if gate_1 is not None else (None, None)
+        ctx.save_for_backward(x_BTD, z_BTR, a_DR, b_RF, *kept)
+        return y_BTF, z_BTR
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_MF, dabove_MR):
-        x_MD, z_MR, a_DR, b_RF, carry_MR, gate_1 = ctx.saved_tensors
+    def backward(ctx, dy_BTF, dabove_BTR):
+        x_BTD, z_BTR, a_DR, b_RF, carry_BTR, gate_1 = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_carry, wants_gate = ctx.needs_input_grad[:5]
-        db_RF = z_MR.T @ dy_MF if wants_b else None
-        dz_MR = torch.addmm(dabove_MR, dy_MF, b_RF.T)
-        da_DR = x_MD.T @ dz_MR if wants_a else None
-        dx_MD = dz_MR @ a_DR.T if wants_x else None
-        dgate_1 = inner(dz_MR, carry_MR).to(gate_1.dtype).view(1) if wants_gate else None
-        dcarry_MR = None
+        dy_MF = rows(dy_BTF)
+        db_RF = rows(z_BTR).T @ dy_MF if wants_b else None
+        dz_MR = torch.addmm(rows(dabove_BTR), dy_MF, b_RF.T)
+        da_DR = rows(x_BTD).T @ dz_MR if wants_a else None
+        dx_BTD = unrows(dz_MR @ a_DR.T, x_BTD) if wants_x else None
+        dgate_1 = inner(dz_MR, rows(carry_BTR)).to(gate_1.dtype).view(1) if wants_gate else None
+        dcarry_BTR = None
         if wants_carry:
             dcarry_MR = dz_MR if gate_1 is None else dz_MR * gate_1.to(dz_MR.dtype)
-        return dx_MD, da_DR, db_RF, dcarry_MR, dgate_1, None, None
+            dcarry_BTR = unrows(dcarry_MR, x_BTD)
+        return dx_BTD, da_DR, db_RF, dcarry_BTR, dgate_1, None, None

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from crnet.kernels.carried import rows
+from crnet.kernels.carried import rows, unrows
 from crnet.kernels.precision import cast
 from crnet.linears._maps import LinearMap
 from crnet.specs import Forget
@@ -39,9 +39,8 @@ class LoRAMap(LinearMap):
     def run(self, x_BTD, carry, known):
         x, weight_FD, a_DR, b_RF = self._cast(x_BTD)
         z_MR = rows(known[0][..., self.B.shape[1] :]).contiguous() if known else None
-        y_MF = rows(known[1]) if known else None
-        y_MF = _LoRA.apply(rows(x), weight_FD, a_DR, b_RF, self.scale, z_MR, y_MF)
-        output = y_MF.view(*x.shape[:-1], -1)
+        y_BTF = known and known[1]
+        output = _LoRA.apply(x, weight_FD, a_DR, b_RF, self.scale, z_MR, y_BTF)
         return output, output
 
     def down_project(self, x_BTD, carry):
@@ -101,17 +100,19 @@ class _LoRA(torch.autograd.Function):
     """Keeps x, Z and the weights."""
 
     @staticmethod
-    def forward(ctx, x_MD, weight_FD, a_DR, b_RF, scale, z_MR, y_MF):
-        if y_MF is None:
-            z_MR, y_MF = _products(x_MD, weight_FD, a_DR, b_RF, scale)
-        ctx.save_for_backward(x_MD, z_MR, weight_FD, a_DR, b_RF)
+    def forward(ctx, x_BTD, weight_FD, a_DR, b_RF, scale, z_MR, y_BTF):
+        if y_BTF is None:
+            z_MR, y_MF = _products(rows(x_BTD), weight_FD, a_DR, b_RF, scale)
+            y_BTF = unrows(y_MF, x_BTD)
+        ctx.save_for_backward(x_BTD, z_MR, weight_FD, a_DR, b_RF)
         ctx.scale = scale
-        return y_MF
+        return y_BTF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_MF):
-        x_MD, z_MR, weight_FD, a_DR, b_RF = ctx.saved_tensors
+    def backward(ctx, dy_BTF):
+        x_BTD, z_MR, weight_FD, a_DR, b_RF = ctx.saved_tensors
+        x_MD, dy_MF = rows(x_BTD), rows(dy_BTF)
         wants_x, wants_weight, wants_a, wants_b = ctx.needs_input_grad[:4]
         db_RF = (z_MR.T @ dy_MF).mul_(ctx.scale) if wants_b else None
         dz_MR = (dy_MF @ b_RF.T).mul_(ctx.scale)
@@ -120,4 +121,5 @@ class _LoRA(torch.autograd.Function):
         dx_MD = dy_MF @ weight_FD if wants_x else None
         if dx_MD is not None:
             torch.addmm(dx_MD, dz_MR, a_DR.T, out=dx_MD)
-        return dx_MD, dweight_FD, da_DR, db_RF, None, None, None
+        dx_BTD = None if dx_MD is None else unrows(dx_MD, x_BTD)
+        return dx_BTD, dweight_FD, da_DR, db_RF, None, None, None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from crnet.kernels.carried import rows
+from crnet.kernels.carried import rows, rows_times
 from crnet.kernels.precision import cast
 from crnet.linears._maps import LinearMap
 
@@ -36,9 +36,8 @@ class SLTrainMap(LinearMap):
 
     def run(self, x_BTD, carry, known):
         x, a_DR, b_RF, values_S = cast(x_BTD, self.A, self.B, self.values)
-        y_MF = rows(known[1]) if known else None
-        y_MF = _SLTrain.apply(rows(x), a_DR, b_RF, values_S, self.index, self.scale, y_MF)
-        output = y_MF.view(*x.shape[:-1], -1)
+        y_BTF = known and known[1]
+        output = _SLTrain.apply(x, a_DR, b_RF, values_S, self.index, self.scale, y_BTF)
         return output, output
 
     def dense_weight(self) -> Tensor:
@@ -65,25 +64,28 @@ class _SLTrain(torch.autograd.Function):
     """Keeps x, the factors, the values and the index."""
 
     @staticmethod
-    def forward(ctx, x_MD, a_DR, b_RF, values_S, index_S, scale, y_MF):
-        if y_MF is None:
-            y_MF = x_MD @ build_weight(a_DR, b_RF, values_S, index_S, scale).T
-        ctx.save_for_backward(x_MD, a_DR, b_RF, values_S, index_S)
+    def forward(ctx, x_BTD, a_DR, b_RF, values_S, index_S, scale, y_BTF):
+        if y_BTF is None:
+            weight_FD = build_weight(a_DR, b_RF, values_S, index_S, scale)
+            y_BTF = rows_times(x_BTD, weight_FD.T)
+        ctx.save_for_backward(x_BTD, a_DR, b_RF, values_S, index_S)
         ctx.scale = scale
-        return y_MF
+        return y_BTF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_MF):
-        x_MD, a_DR, b_RF, values_S, index_S = ctx.saved_tensors
+    def backward(ctx, dy_BTF):
+        x_BTD, a_DR, b_RF, values_S, index_S = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_values = ctx.needs_input_grad[:4]
-        dx_MD = da_DR = db_RF = dvalues_S = None
+        dx_BTD = da_DR = db_RF = dvalues_S = None
         if wants_x:
-            dx_MD = dy_MF @ build_weight(a_DR, b_RF, values_S, index_S, ctx.scale)
+            weight_FD = build_weight(a_DR, b_RF, values_S, index_S, ctx.scale)
+            dx_BTD = rows_times(dy_BTF, weight_FD)
+            del weight_FD
         if wants_a or wants_b or wants_values:
-            dweight_FD = dy_MF.T @ x_MD
+            dweight_FD = rows(dy_BTF).T @ rows(x_BTD)
             da_DR = (dweight_FD.T @ b_RF.T).mul_(ctx.scale) if wants_a else None
             db_RF = (a_DR.T @ dweight_FD.T).mul_(ctx.scale) if wants_b else None
             if wants_values:
                 dvalues_S = dweight_FD.reshape(-1).index_select(0, index_S)
-        return dx_MD, da_DR, db_RF, dvalues_S, None, None, None
+        return dx_BTD, da_DR, db_RF, dvalues_S, None, None, None
