@@ -1,0 +1,157 @@
+"""The timeline of a pipeline: torch's order of passes, closed forms of the bubble, the clock."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import _ComputationType
+
+from crnet.cost.stages import Stage, in_flight
+from crnet.cost.timeline import order, simulate
+from crnet.errors import ConfigError
+
+SIZES = [(p, m) for p, most in ((2, 8), (3, 9), (4, 16)) for m in range(p, most + 1, p)]
+CASES = [
+    (schedule, processes, chunks, number)
+    for processes, number in SIZES
+    for schedule, chunks in (("1f1b", 1), ("interleaved", 2), ("interleaved", 3))
+]
+
+
+class Place:
+    """As much of torch's stage as its schedules read; writes down what it is told to compute."""
+
+    def __init__(self, idx: int, num_stages: int, processes: int):
+        self.stage_index, self.num_stages = idx, num_stages
+        self.group_size, self.group_rank = processes, idx % processes
+        self.has_backward, self.is_first, self.is_last = True, idx == 0, idx == num_stages - 1
+        self.submod, self.device = torch.nn.Identity(), torch.device("cpu")
+        self.stage_index_to_group_rank = {each: each % processes for each in range(num_stages)}
+        self.told: list[tuple[str, int, int]] = []
+
+    def forward_one_chunk(self, number: int, *_: Any, **__: Any) -> None:
+        self.told.append(("forward", self.stage_index, number))
+
+    def backward_one_chunk(self, number: int, **_: Any) -> None:
+        self.told.append(("backward", self.stage_index, number))
+
+    def get_ops(self, _: int) -> list[Any]:
+        return []
+
+    get_fwd_recv_ops = get_fwd_send_ops = get_bwd_recv_ops = get_bwd_send_ops = get_ops
+
+    def perform_reduce_grad(self, _: int) -> None: ...
+
+
+class OneByOne(Schedule1F1B):
+    """Asks its stage for passes, and computes nothing."""
+
+    def _initialize_stage(self, *_: Any) -> None: ...
+
+    def _maybe_compute_loss(self, *_: Any) -> None: ...
+
+    def _maybe_get_loss(self, *_: Any) -> None: ...
+
+
+def torchs(schedule: str, process: int, processes: int, chunks: int, number: int) -> list[Any]:
+    """The passes that torch's engine runs. ``Schedule1F1B.pipeline_order`` is no witness: torch
+    2.13 draws it, numbers the last stage's forward passes from 1, and runs something else."""
+    if schedule == "1f1b":
+        stage: Any = Place(process, processes, processes)
+        OneByOne(stage, number)._step_microbatches([()] * number, [{}] * number)
+        return stage.told
+    stages: list[Any] = [
+        Place(idx, processes * chunks, processes)
+        for idx in range(process, processes * chunks, processes)
+    ]
+    kinds = {_ComputationType.FORWARD: "forward", _ComputationType.FULL_BACKWARD: "backward"}
+    return [
+        (kinds[each.computation_type], each.stage_index, each.microbatch_index)
+        for each in ScheduleInterleaved1F1B(stages, number).pipeline_order[process]
+        if each is not None and each.computation_type in kinds
+    ]
+
+
+@pytest.mark.parametrize(("schedule", "processes", "chunks", "number"), CASES)
+def test_the_order_is_torchs(schedule: str, processes: int, chunks: int, number: int):
+    for process in range(processes):
+        found = order(schedule, process, processes, processes * chunks, number)
+        assert found == torchs(schedule, process, processes, chunks, number)
+        assert len(found) == 2 * chunks * number
+
+
+@pytest.mark.parametrize(("schedule", "processes", "chunks", "number"), CASES)
+def test_equal_stages_have_the_closed_bubble(
+    schedule: str, processes: int, chunks: int, number: int
+):
+    """(P - 1) / (v M + P - 1), v stages a process; whole numbers of seconds: exact."""
+    num_stages = processes * chunks
+    for forward, backward in ((1, 2), (1, 1), (3, 2)):
+        found = simulate(
+            schedule, [forward] * num_stages, [backward] * num_stages, number, processes
+        )
+        assert found.bubble == (processes - 1) / (chunks * number + processes - 1)
+        assert found.seconds == (chunks * number + processes - 1) * (forward + backward)
+
+
+@pytest.mark.parametrize(("schedule", "processes", "chunks", "number"), CASES)
+def test_in_flight_is_the_cost_models(schedule: str, processes: int, chunks: int, number: int):
+    num_stages = processes * chunks
+    found = simulate(schedule, [1] * num_stages, [2] * num_stages, number, processes)
+    stages = [Stage(idx, num_stages, idx, idx + 1) for idx in range(num_stages)]
+    assert found.in_flight == tuple(in_flight(each, processes, number) for each in stages)
+
+
+def test_passes_wait_for_what_they_read():
+    """Unequal stages and boundaries: no process does two things at once, nothing is read early, and
+    every pass begins as soon as it can."""
+    forward, backward, sent = [3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8], [1, 2, 3, 2, 1]
+    found = simulate("interleaved", forward, backward, 6, 3, sent)
+    ends = {(each.direction, each.stage, each.micro_batch): each.end_s for each in found.spans}
+    for process in range(3):
+        row = found.of_process(process)
+        for before, each in itertools.pairwise([None, *row]):
+            step = -1 if each.direction == "forward" else 1
+            below = (each.direction, each.stage + step, each.micro_batch)
+            come = 0
+            if below in ends:
+                come = ends[below] + sent[min(each.stage, each.stage + step)]
+            assert each.start_s == max(come, before.end_s if before else 0)
+            length = (forward if each.direction == "forward" else backward)[each.stage]
+            assert each.end_s - each.start_s == length
+    assert len(ends) == 2 * 6 * 6
+
+
+def test_the_slowest_stage_sets_the_pace():
+    """1F1B, the last stage slower: the others wait for it, and before and after it works once."""
+    found = simulate("1f1b", [1, 1, 2], [2, 2, 4], 100, 3)
+    assert found.seconds == 2 * 1 + 100 * (2 + 4) + 2 * 2
+    assert found.bubble == pytest.approx(1 - 100 * (3 + 3 + 6) / (3 * 606))
+
+
+def test_sending_delays_the_first_and_the_last_micro_batch():
+    """Two processes, one micro-batch: up and down once."""
+    found = simulate("1f1b", [1, 1], [2, 2], 1, 2, 0.5)
+    assert found.seconds == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("zero", [1], [1], 1, 1), "take 1f1b or interleaved"),
+        (("1f1b", [1, 1], [1, 1], 2, 1), "take interleaved"),
+        (("interleaved", [1] * 3, [1] * 3, 2, 2), "take a multiple"),
+        (("interleaved", [1] * 4, [1] * 4, 3, 2), "multiple of 2 micro-batches, not 3"),
+        (("1f1b", [1, 1], [1], 2, 2), "2 forward, 1 backward"),
+        (("1f1b", [1, 1], [1, 1], 2, 2, [1, 1]), "2 transfer"),
+        (("1f1b", [], [], 2, 0), "must be 1 or more"),
+        (("1f1b", [1], [1], 0, 1), "must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: Any, words: str):
+    with pytest.raises(ConfigError, match=words):
+        simulate(*arguments)
