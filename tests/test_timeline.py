@@ -10,8 +10,14 @@ import torch
 from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import _ComputationType
 
-from crnet.cost.stages import Stage, in_flight
+from crnet.config import presets
+from crnet.config.serialize import override
+from crnet.cost.clock import WAYS, num_kernels, stage_seconds, step_seconds
+from crnet.cost.hardware import DEVICES, device
+from crnet.cost.plan_choice import usual_plan
+from crnet.cost.stages import Stage, cut, in_flight
 from crnet.cost.timeline import order, simulate
+from crnet.cost.workload import Workload, workload
 from crnet.errors import ConfigError
 
 SIZES = [(p, m) for p, most in ((2, 8), (3, 9), (4, 16)) for m in range(p, most + 1, p)]
@@ -114,13 +120,14 @@ def test_passes_wait_for_what_they_read():
     ends = {(each.direction, each.stage, each.micro_batch): each.end_s for each in found.spans}
     for process in range(3):
         row = found.of_process(process)
-        for before, each in itertools.pairwise([None, *row]):
+        assert row[0].start_s == (0 if process == 0 else ends["forward", process - 1, 0] + process)
+        for before, each in itertools.pairwise(row):
             step = -1 if each.direction == "forward" else 1
             below = (each.direction, each.stage + step, each.micro_batch)
             come = 0
             if below in ends:
                 come = ends[below] + sent[min(each.stage, each.stage + step)]
-            assert each.start_s == max(come, before.end_s if before else 0)
+            assert each.start_s == max(come, before.end_s)
             length = (forward if each.direction == "forward" else backward)[each.stage]
             assert each.end_s - each.start_s == length
     assert len(ends) == 2 * 6 * 6
@@ -155,3 +162,61 @@ def test_sending_delays_the_first_and_the_last_micro_batch():
 def test_what_cannot_be_is_refused(arguments: Any, words: str):
     with pytest.raises(ConfigError, match=words):
         simulate(*arguments)
+
+
+# --- seconds of the cost model --------------------------------------------------------------------
+
+
+def published(linear: str, precision: str) -> Workload:
+    return workload(
+        override(
+            presets.get("llama-130m"),
+            model={"linear": linear},
+            train={"batch_size": 32, "micro_batch_size": 32, "precision": precision},
+        )
+    )
+
+
+@pytest.mark.parametrize("policy", ["none", "block", "replay"])
+@pytest.mark.parametrize("linear", ["full", "crnet"])
+def test_stages_add_up_to_the_whole(linear: str, policy: Any):
+    """In every way and precision: what a step takes without the optimizer. The device issues for nothing; on an H100 a stage's host may be its limit."""
+    for precision, num_stages in (("fp32", 2), ("bf16", 12), ("bf16-mixed", 5)):
+        work = published(linear, precision)
+        plan = usual_plan(work.micro_batch, policy)
+        stages = cut(work.spec, num_stages, work.micro_batch.length)
+        whole = step_seconds(work, plan, device("5e13,900"))
+        for way in WAYS:
+            if f"{way}: total" not in whole:
+                continue
+            forward, backward = stage_seconds(work, stages, plan, device("5e13,900"), way)
+            wanted = whole[f"{way}: total"] - whole[f"{way}: optimizer"]
+            assert sum(forward) + sum(backward) == pytest.approx(wanted)
+            assert len(forward) == len(backward) == num_stages
+            assert all(b > f > 0 for f, b in zip(forward[:-1], backward[:-1], strict=True))
+
+
+def test_the_head_is_in_the_last_forward_pass():
+    """As much as the cost model says of the whole; the blocks below are alike."""
+    work = published("full", "bf16")
+    stages = cut(work.spec, 12, work.micro_batch.length)
+    forward, backward = stage_seconds(work, stages, work.plan, device("5e13,900"))
+    head = step_seconds(work, work.plan, device("5e13,900"))["eager: head"]
+    assert forward[-1] - forward[-2] == pytest.approx(head, rel=0.05)
+    assert forward[1:-2] == pytest.approx([forward[1]] * 9)
+    assert backward[1:-2] == pytest.approx([backward[1]] * 9)
+
+
+def test_no_pass_is_faster_than_its_host():
+    """One short row on an H100: the host's operations are what takes the time."""
+    work = workload(
+        override(
+            presets.get("llama-130m"),
+            train={"batch_size": 1, "precision": "bf16"},
+            data={"sequence_length": 64},
+        )
+    )
+    stages = cut(work.spec, 4, 64)
+    forward, backward = stage_seconds(work, stages, work.plan, device("h100"))
+    kernels = num_kernels(work.micro_batch, work.plan)
+    assert sum(forward) + sum(backward) == pytest.approx(kernels * DEVICES["h100"].issue_s)

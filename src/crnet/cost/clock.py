@@ -7,14 +7,16 @@ slower; every other kernel its bytes; and each kernel a launch. Nothing overlaps
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from crnet.cost import traffic
 from crnet.cost.flops import block_flops
 from crnet.cost.hardware import Device, is_gpu
-from crnet.cost.micro_batch import MicroBatch
+from crnet.cost.micro_batch import BlockBytes, MicroBatch
+from crnet.cost.stages import Stage, held
+from crnet.cost.timeline import DIRECTIONS, Direction
 from crnet.cost.workload import Workload
 from crnet.recompute.plan import RecomputePlan
 from crnet.specs import Passes, Product, Traffic, Work
@@ -65,8 +67,7 @@ def step_seconds(work: Workload, plan: RecomputePlan, on: Device) -> dict[str, f
     ``fused``: were elementwise work inside the products' kernels.
     Accuracy: kernels and bytes of ``eager`` are counted (``measure.traffic``), the rates are not.
     """
-    device_type = "cuda" if is_gpu(on) else work.micro_batch.device_type
-    clock = _Clock(on, dataclasses.replace(work.micro_batch, device_type=device_type))
+    clock = _clock(work, on)
     ways: list[Way] = [way for way in WAYS if way != "compiled" or plan.policy in ("none", "block")]
     found: dict[str, float] = {}
     for way in ways:
@@ -88,30 +89,99 @@ def _optimizer(work: Workload, clock: _Clock) -> float:
     return clock.of_bytes(moved)
 
 
+def stage_seconds(
+    work: Workload, stages: Sequence[Stage], plan: RecomputePlan, on: Device, way: Way = "eager"
+) -> tuple[list[float], list[float]]:
+    """Seconds of one micro-batch in each stage, bottom first: forward, backward.
+
+    The loss makes its gradients in the forward pass: the head is in the last stage's. What is
+    recomputed is in the backward passes. Added up they are ``step_seconds`` without the optimizer,
+    but that ``eager`` has no pass faster than that stage's host issues it.
+    """
+    clock = _clock(work, on)
+    found: dict[Direction, list[float]] = {"forward": [], "backward": []}
+    for stage in stages:
+        for direction, seconds in found.items():
+            total = sum(_stage_parts(clock, plan, way, stage, direction).values())
+            if way == "eager":
+                kernels = _stage_kernels(clock.micro_batch, plan, stage, direction)
+                total = max(total, kernels * on.issue_s)
+            seconds.append(total)
+    return found["forward"], found["backward"]
+
+
+def _clock(work: Workload, on: Device) -> _Clock:
+    device_type = "cuda" if is_gpu(on) else work.micro_batch.device_type
+    return _Clock(on, dataclasses.replace(work.micro_batch, device_type=device_type))
+
+
+def _whole(micro_batch: MicroBatch) -> Stage:
+    """A model in one stage."""
+    return Stage(0, 1, 0, micro_batch.spec.num_layers)
+
+
 def _micro_batch_parts(clock: _Clock, plan: RecomputePlan, way: Way) -> dict[str, float]:
+    stage = _whole(clock.micro_batch)
+    forward = _stage_parts(clock, plan, way, stage, "forward")
+    backward = _stage_parts(clock, plan, way, stage, "backward")
+    return {term: forward[term] + backward[term] for term in forward}
+
+
+def _stage_parts(
+    clock: _Clock, plan: RecomputePlan, way: Way, stage: Stage, direction: Direction
+) -> dict[str, float]:
     micro_batch = clock.micro_batch
-    repeated_frac = second_run(micro_batch, plan)
-    forward, backward = _product_seconds(clock)
-    passes = traffic.forward_passes(micro_batch) * (2 if plan.policy != "none" else 1)
-    passes += traffic.backward_passes(micro_batch) + traffic.weight_passes(micro_batch)
-    passes += traffic.outside_passes(micro_batch)
-    head = sum(count * clock.of_product(it) for it, count in traffic.head_products(micro_batch))
-    attention_runs = 2 if plan.policy != "none" and not plan.keep_attention else 1
+    blocks = micro_batch.blocks[stage.bottom : stage.top]
+    forward, backward = _product_seconds(clock, blocks)
+    attention, attention_backward = (len(blocks) * each for each in _attention_seconds(clock))
+    head = 0.0
+    if direction == "forward" and stage.is_last:
+        head = sum(count * clock.of_product(it) for it, count in traffic.head_products(micro_batch))
+        head += clock.of_traffic(_of(traffic.head_passes(micro_batch), way))
+    if direction == "backward":
+        forward = backward + forward * second_run(micro_batch, plan)
+        runs_again = plan.policy != "none" and not plan.keep_attention
+        attention = attention_backward + (attention if runs_again else 0.0)
+    passes = _stage_passes(micro_batch, plan, stage, direction)
     return {
-        "products": forward * (1 + repeated_frac) + backward,
-        "attention": _attention_seconds(clock, attention_runs),
+        "products": forward,
+        "attention": attention,
         "passes": clock.of_traffic(_of(passes, way)),
-        "head": head + clock.of_traffic(_of(traffic.head_passes(micro_batch), way)),
+        "head": head,
     }
+
+
+def _stage_passes(
+    micro_batch: MicroBatch, plan: RecomputePlan, stage: Stage, direction: Direction
+) -> Passes:
+    """Without the head's."""
+    spec, blocks = micro_batch.spec, micro_batch.blocks[stage.bottom : stage.top]
+    names = held(spec, [stage]) & spec.tensors.keys()
+    tensors = [spec.tensors[name] for name in sorted(names)]
+    is_back = direction == "backward"
+    if not is_back or plan.policy != "none":
+        found = traffic.forward_passes(micro_batch, blocks)
+    else:
+        found = Passes()
+    if is_back:
+        found += traffic.backward_passes(micro_batch, blocks)
+        found += traffic.gradient_passes(micro_batch, tensors)
+    else:
+        found += traffic.cast_passes(micro_batch, tensors)
+    if stage.is_first:
+        found += traffic.embedding_passes(micro_batch)[is_back]
+    if stage.is_last:
+        found += traffic.last_passes(micro_batch)[is_back]
+    return found
 
 
 def _of(passes: Passes, way: Way) -> Traffic:
     return getattr(passes, way)
 
 
-def _product_seconds(clock: _Clock) -> tuple[float, float]:
-    """Of the maps of all blocks, forward and backward."""
-    works = list(_works(clock.micro_batch))
+def _product_seconds(clock: _Clock, blocks: Sequence[BlockBytes]) -> tuple[float, float]:
+    """Of the maps of some blocks, forward and backward."""
+    works = list(_works(blocks))
     forward = sum(clock.of_map(each, each.products, each.forward_flops) for each in works)
     backward = sum(
         clock.of_map(each, each.backward_products, each.backward_flops) for each in works
@@ -119,8 +189,8 @@ def _product_seconds(clock: _Clock) -> tuple[float, float]:
     return forward, backward
 
 
-def _works(micro_batch: MicroBatch) -> Iterable[Work]:
-    return (work for block in micro_batch.blocks for work in block.works.values())
+def _works(blocks: Sequence[BlockBytes]) -> Iterable[Work]:
+    return (work for block in blocks for work in block.works.values())
 
 
 def second_run(micro_batch: MicroBatch, plan: RecomputePlan) -> float:
@@ -133,24 +203,33 @@ def second_run(micro_batch: MicroBatch, plan: RecomputePlan) -> float:
     return max(repeated, 0) / max(flops["forward"] - inside, 1)
 
 
-def _attention_seconds(clock: _Clock, runs: int) -> float:
-    inside, count = clock.micro_batch.inside, len(clock.micro_batch.blocks)
+def _attention_seconds(clock: _Clock) -> tuple[float, float]:
+    """Of one block, forward and backward."""
+    inside = clock.micro_batch.inside
     moved = inside.attention_moved_bytes
     forward = clock.of_attention(inside.forward_flops, moved, 1)
     # Five products instead of two: the scores are made again.
-    backward = clock.of_attention(5 * inside.forward_flops // 2, 2 * moved, 2)
-    return count * (runs * forward + backward)
+    return forward, clock.of_attention(5 * inside.forward_flops // 2, 2 * moved, 2)
 
 
 def num_kernels(micro_batch: MicroBatch, plan: RecomputePlan) -> int:
     """Operations that the host issues for one micro-batch, eager."""
-    works, blocks = list(_works(micro_batch)), len(micro_batch.blocks)
-    forward = sum(len(work.products) for work in works)
-    backward = sum(len(work.backward_products) for work in works)
-    repeated_frac = second_run(micro_batch, plan)
-    passes = traffic.micro_batch_passes(micro_batch)
-    if plan.policy != "none":
-        passes += traffic.forward_passes(micro_batch)
-    head = sum(count for _, count in traffic.head_products(micro_batch))
-    products = backward + head + 2 * blocks + round(forward * (1 + repeated_frac))
-    return products + passes.eager.kernels
+    stage = _whole(micro_batch)
+    return sum(_stage_kernels(micro_batch, plan, stage, each) for each in DIRECTIONS)
+
+
+def _stage_kernels(
+    micro_batch: MicroBatch, plan: RecomputePlan, stage: Stage, direction: Direction
+) -> int:
+    blocks = micro_batch.blocks[stage.bottom : stage.top]
+    works = list(_works(blocks))
+    products = len(blocks) + sum(len(work.products) for work in works)
+    if direction == "backward":
+        repeated = round((products - len(blocks)) * second_run(micro_batch, plan))
+        backward = sum(len(work.backward_products) for work in works)
+        products = len(blocks) + backward + repeated
+    found = products + _stage_passes(micro_batch, plan, stage, direction).eager.kernels
+    if direction == "forward" and stage.is_last:
+        found += sum(count for _, count in traffic.head_products(micro_batch))
+        found += traffic.head_passes(micro_batch).eager.kernels
+    return found

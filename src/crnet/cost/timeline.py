@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from crnet.errors import ConfigError
 
 Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 class Pass(NamedTuple):
@@ -176,7 +177,7 @@ def simulate(
             end = ends[each] = start + lengths[each.direction][each.stage]
             mine.append(Span(process, each.stage, each.micro_batch, each.direction, start, end))
             waiting.append((each.stage + (1 if each.direction == "forward" else -1)) % len(orders))
-    assert all(map(len, spans)) and sum(map(len, spans)) == 2 * num_stages * micro_batches
+    assert sum(map(len, spans)) == 2 * num_stages * micro_batches
     return Timeline(schedule, num_processes, num_stages, tuple(s for row in spans for s in row))
 
 

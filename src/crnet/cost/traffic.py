@@ -8,6 +8,7 @@ what no method declares: casts of weights, sums of gradients, the head, the embe
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from crnet.cost.micro_batch import BlockBytes, MicroBatch
 from crnet.kernels.loss_chunks import chunk_rows
@@ -17,20 +18,20 @@ NARROW = 4
 """Bytes of fp32; narrower products are rounded from it."""
 
 
-def forward_passes(micro_batch: MicroBatch) -> Passes:
-    """Of all blocks, forward; without the casts of weights, which no second run repeats."""
+def forward_passes(micro_batch: MicroBatch, blocks: Iterable[BlockBytes]) -> Passes:
+    """Of these blocks, forward; without the casts of weights, which no second run repeats."""
     found = Passes()
-    for block in micro_batch.blocks:
+    for block in blocks:
         found += block.inside.passes + _carry_casts(micro_batch, block)
         for work in (*block.works.values(), *block.streams):
             found += work.passes
     return found
 
 
-def backward_passes(micro_batch: MicroBatch) -> Passes:
-    """Of all blocks, backward, gradients that meet added up."""
+def backward_passes(micro_batch: MicroBatch, blocks: Iterable[BlockBytes]) -> Passes:
+    """Of these blocks, backward, gradients that meet added up."""
     found = Passes()
-    for block in micro_batch.blocks:
+    for block in blocks:
         found += block.inside.backward_passes + _sums(micro_batch, block)
         found += _carry_casts(micro_batch, block)
         for work in (*block.works.values(), *block.streams):
@@ -38,19 +39,25 @@ def backward_passes(micro_batch: MicroBatch) -> Passes:
     return found
 
 
-def weight_passes(micro_batch: MicroBatch) -> Passes:
-    """Casts of weights and of their gradients; gradients added to those that are there."""
-    spec, mixed = micro_batch.spec, micro_batch.is_mixed
+def cast_passes(micro_batch: MicroBatch, tensors: Iterable[TensorSpec]) -> Passes:
+    """Of these weights: their casts, forward."""
+    found = Passes()
+    for tensor in tensors:
+        if micro_batch.is_mixed and _read_by_products(tensor):
+            found += in_each_way(6 * tensor.num_items, 1)
+    return found
+
+
+def gradient_passes(micro_batch: MicroBatch, tensors: Iterable[TensorSpec]) -> Passes:
+    """Of these weights' gradients: their casts; added to those that are there."""
     item = 2 if micro_batch.precision == "bf16" else 4
     found = Passes()
-    for tensor in spec.tensors.values():
-        size = tensor.num_items
-        casts = mixed and _read_by_products(tensor)
-        found += in_each_way(6 * size, 1) if casts else Passes()
+    for tensor in tensors:
         if tensor.trained:
-            found += in_each_way(3 * size * tensor.item_bytes(item), 1)
+            found += in_each_way(3 * tensor.num_items * tensor.item_bytes(item), 1)
             # The head's gradient is made in its own dtype.
-            found += in_each_way(6 * size, 1) if casts and tensor.role != "head" else Passes()
+            if micro_batch.is_mixed and _read_by_products(tensor) and tensor.role != "head":
+                found += in_each_way(6 * tensor.num_items, 1)
     return found
 
 
@@ -122,23 +129,26 @@ def head_passes(micro_batch: MicroBatch) -> Passes:
     return Passes(eager + ends, eager + ends, fused)
 
 
-def outside_passes(micro_batch: MicroBatch) -> Passes:
-    """Embedding and last norm, both ways."""
+def embedding_passes(micro_batch: MicroBatch) -> tuple[Passes, Passes]:
+    """Forward and backward."""
+    shape, size = micro_batch.spec.shape, micro_batch.stream_size
+    table = shape.vocab_size * shape.hidden_size * micro_batch.stream_bytes
+    return in_each_way(2 * size, 1), in_each_way(size + table, 1)
+
+
+def last_passes(micro_batch: MicroBatch) -> tuple[Passes, Passes]:
+    """Of the last read and norm, forward and backward."""
     spec = micro_batch.spec
-    size = micro_batch.stream_size
-    table = spec.shape.vocab_size * spec.shape.hidden_size * micro_batch.stream_bytes
     norm, back = spec.architecture.last_norm_passes(spec.shape, micro_batch.batch)
     last = micro_batch.stream_work(spec.num_sublayers)
-    embedding = in_each_way(2 * size, 1) + in_each_way(size + table, 1)
-    return norm + back + last.passes + last.backward_passes + embedding
+    return norm + last.passes, back + last.backward_passes
 
 
 def micro_batch_passes(micro_batch: MicroBatch) -> Passes:
     """All of them, forward and backward, nothing recomputed."""
-    return (
-        forward_passes(micro_batch)
-        + backward_passes(micro_batch)
-        + weight_passes(micro_batch)
-        + head_passes(micro_batch)
-        + outside_passes(micro_batch)
-    )
+    blocks, tensors = micro_batch.blocks, micro_batch.spec.tensors.values()
+    found = forward_passes(micro_batch, blocks) + backward_passes(micro_batch, blocks)
+    found += cast_passes(micro_batch, tensors) + gradient_passes(micro_batch, tensors)
+    for each in (*embedding_passes(micro_batch), *last_passes(micro_batch)):
+        found += each
+    return found + head_passes(micro_batch)
