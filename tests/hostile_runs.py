@@ -44,6 +44,7 @@ def json_words(command: str, bench: Bench) -> list[str]:
         "cost": ["cost", *SMALL.split()],
         "profile": ["profile", *SMALL.split(), "--train.batch-size=2", "--rounds=1"],
         "plan": ["plan", "--flops-frac", "0.5"],
+        "timeline": ["timeline", *SMALL.split(), "--parallel.pipeline=2"],
         "prepare": ["prepare", *TINY[10:20], "--data.source", str(bench.corpus)],
         "evaluate": ["evaluate", run],
         "generate": ["generate", run, "--max-tokens", "5"],

@@ -58,6 +58,7 @@ SHORT: dict[str, Changes] = {
     "list": {},
     "cost": {},
     "plan": {},
+    "timeline": {},
     "paper": {},
     "check-plugin": {},
     "demo": {"--quick": "", "--steps": "2", "--out": "demo"},

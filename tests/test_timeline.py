@@ -180,7 +180,8 @@ def published(linear: str, precision: str) -> Workload:
 @pytest.mark.parametrize("policy", ["none", "block", "replay"])
 @pytest.mark.parametrize("linear", ["full", "crnet"])
 def test_stages_add_up_to_the_whole(linear: str, policy: Any):
-    """In every way and precision: what a step takes without the optimizer. The device issues for nothing; on an H100 a stage's host may be its limit."""
+    """In every way and precision: what a step takes without the optimizer, on a device whose host is
+    never its limit."""
     for precision, num_stages in (("fp32", 2), ("bf16", 12), ("bf16-mixed", 5)):
         work = published(linear, precision)
         plan = usual_plan(work.micro_batch, policy)

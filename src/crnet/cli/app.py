@@ -34,6 +34,7 @@ COMMANDS = {
     "cost": "cost",
     "profile": "profile",
     "plan": "plan",
+    "timeline": "timeline",
     "prepare": "prepare",
     "evaluate": "evaluate",
     "generate": "generate",

@@ -15,8 +15,7 @@ from crnet.cost import traffic
 from crnet.cost.flops import block_flops
 from crnet.cost.hardware import Device, is_gpu
 from crnet.cost.micro_batch import BlockBytes, MicroBatch
-from crnet.cost.stages import Stage, held
-from crnet.cost.timeline import DIRECTIONS, Direction
+from crnet.cost.stages import DIRECTIONS, Direction, Stage, held
 from crnet.cost.workload import Workload
 from crnet.recompute.plan import RecomputePlan
 from crnet.specs import Passes, Product, Traffic, Work

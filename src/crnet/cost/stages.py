@@ -5,9 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from crnet.config.model_spec import ModelSpec
 from crnet.cost.micro_batch import MicroBatch
+
+Direction = Literal["forward", "backward"]
+"""Of a pass through a stage."""
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from crnet.config import sections
+from crnet.cost.clock import stage_seconds
+from crnet.cost.hardware import Device
+from crnet.cost.stages import Direction, boundary_bytes, cut
+from crnet.cost.workload import Workload
 from crnet.errors import ConfigError
-
-Direction = Literal["forward", "backward"]
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 class Pass(NamedTuple):
@@ -71,6 +73,62 @@ class Timeline:
     def of_process(self, process: int) -> list[Span]:
         """What one process does, in the order of time."""
         return [span for span in self.spans if span.process == process]
+
+    def waiting(self, process: int) -> float:
+        """Share of the time in which one process waits."""
+        busy = sum(each.end_s - each.start_s for each in self.of_process(process))
+        return (self.seconds - busy) / self.seconds if self.seconds else 0.0
+
+
+def timeline_of(
+    work: Workload, parallel: sections.ParallelConfig, on: Device, link_bytes_per_s: float | None = None
+) -> Timeline:
+    """Lay out the passes of a run's optimizer step, at the seconds of the cost model (eager).
+
+    The norm of the gradient and the optimizer come after it and are not in it.
+
+    Args:
+        work: of one share of the batch.
+        link_bytes_per_s: what crosses a boundary in a second, one way; None: sending takes no time.
+    Raises:
+        ConfigError: there is no pipeline; ``order``'s.
+    """
+    if parallel.pipeline == 1:
+        raise ConfigError("one process has no pipeline; take --parallel.pipeline 2 or more")
+    stages = cut(work.spec, sections.num_stages(parallel), work.micro_batch.length)
+    forward, backward = stage_seconds(work, stages, work.plan, on)
+    sent = [0.0] * (len(stages) - 1)
+    if link_bytes_per_s is not None:
+        sent = [boundary_bytes(work.micro_batch, s.bottom) / link_bytes_per_s for s in stages[1:]]
+    number, processes = work.num_micro_batches, parallel.pipeline
+    return simulate(parallel.schedule, forward, backward, number, processes, sent)
+
+
+def equal_bubble(num_processes: int, num_stages: int, micro_batches: int) -> float:
+    """The bubble of equal stages and free sending, in either schedule: (P - 1) / (v M + P - 1), v
+    stages a process."""
+    chunks = num_stages // num_processes
+    return (num_processes - 1) / (chunks * micro_batches + num_processes - 1)
+
+
+def picture(line: Timeline, width: int = 100) -> list[str]:
+    """A row of characters for each process, the step's time from left to right: a forward pass is
+    the last digit of its micro-batch, a backward pass a letter (a for 0), waiting a point."""
+    rows = []
+    for process in range(line.num_processes):
+        row, left = "", deque(line.of_process(process))
+        for column in range(width):
+            at = (column + 0.5) / width * line.seconds
+            while left and left[0].end_s <= at:
+                left.popleft()
+            row += _letter(left[0]) if left and left[0].start_s <= at else "."
+        rows.append(row)
+    return rows
+
+
+def _letter(span: Span) -> str:
+    number = span.micro_batch % 10
+    return str(number) if span.direction == "forward" else "abcdefghij"[number]
 
 
 def order(

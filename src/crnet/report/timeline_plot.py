@@ -1,0 +1,55 @@
+"""Picture of a pipeline's step: a row a process, a bar a pass."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from crnet.cost.timeline import Timeline
+
+COLORS = ("tab:blue", "tab:green", "tab:purple", "tab:olive")
+"""Of a process's stages, the lowest first; a backward pass is paler."""
+FEW = 150
+"""Passes of a process up to which each gets the number of its micro-batch."""
+
+
+def plot(line: Timeline, title: str, path: Path) -> list[Path]:
+    """Draw a timeline into PATH.png and PATH.svg (whatever ending ``path`` has); return both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(12, 0.45 * line.num_processes + 1.6))
+    for process in range(line.num_processes):
+        row = line.of_process(process)
+        for span in row:
+            chunk, is_forward = span.stage // line.num_processes, span.direction == "forward"
+            color, length = COLORS[chunk % len(COLORS)], span.end_s - span.start_s
+            pale = 1.0 if is_forward else 0.45
+            label = f"{span.direction}, stage {chunk + 1} of a process"
+            axes.barh(
+                process, length, 0.9, span.start_s, color=color, alpha=pale, edgecolor="white",
+                linewidth=0.4, label=label,
+            )  # fmt: skip
+            if len(row) <= FEW:
+                at, ink = span.start_s + length / 2, "white" if is_forward else "black"
+                number = str(span.micro_batch)
+                axes.text(at, process, number, ha="center", va="center", fontsize=5, color=ink)
+    named = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    axes.legend(named.values(), named.keys(), fontsize=7, ncols=4, loc="upper center",
+                bbox_to_anchor=(0.5, -0.28 - 0.2 / line.num_processes))  # fmt: skip
+    axes.set_yticks(range(line.num_processes))
+    axes.set_ylim(line.num_processes - 0.5, -0.5)
+    axes.set_xlim(0, line.seconds)
+    axes.set_ylabel("process")
+    axes.set_xlabel("seconds")
+    axes.set_title(f"{title}: bubble {line.bubble:.3f}", fontsize=10)
+    files = [path.with_suffix(ending) for ending in (".png", ".svg")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fonts of the user's machine
+        for file in files:
+            figure.savefig(file, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return files
