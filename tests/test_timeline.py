@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +12,15 @@ import torch
 from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import _ComputationType
 
+from crnet.cli.app import main
 from crnet.config import presets
+from crnet.config.sections import ParallelConfig
 from crnet.config.serialize import override
 from crnet.cost.clock import WAYS, num_kernels, stage_seconds, step_seconds
 from crnet.cost.hardware import DEVICES, device
 from crnet.cost.plan_choice import usual_plan
-from crnet.cost.stages import Stage, cut, in_flight
-from crnet.cost.timeline import order, simulate
+from crnet.cost.stages import Stage, boundary_bytes, cut, in_flight
+from crnet.cost.timeline import equal_bubble, order, picture, simulate, timeline_of
 from crnet.cost.workload import Workload, workload
 from crnet.errors import ConfigError
 
@@ -180,8 +184,8 @@ def published(linear: str, precision: str) -> Workload:
 @pytest.mark.parametrize("policy", ["none", "block", "replay"])
 @pytest.mark.parametrize("linear", ["full", "crnet"])
 def test_stages_add_up_to_the_whole(linear: str, policy: Any):
-    """In every way and precision: what a step takes without the optimizer, on a device whose host is
-    never its limit."""
+    """In every way and precision: what a step takes without the optimizer, where the host is never
+    the limit."""
     for precision, num_stages in (("fp32", 2), ("bf16", 12), ("bf16-mixed", 5)):
         work = published(linear, precision)
         plan = usual_plan(work.micro_batch, policy)
@@ -221,3 +225,92 @@ def test_no_pass_is_faster_than_its_host():
     forward, backward = stage_seconds(work, stages, work.plan, device("h100"))
     kernels = num_kernels(work.micro_batch, work.plan)
     assert sum(forward) + sum(backward) == pytest.approx(kernels * DEVICES["h100"].issue_s)
+
+
+def test_a_run_is_cut_and_timed_as_its_configuration_says():
+    """The same stages, seconds and boundaries as the parts say one by one."""
+    run = override(
+        presets.get("llama-130m"),
+        train={"batch_size": 8, "micro_batch_size": 1, "precision": "bf16"},
+        parallel={"pipeline": 2, "schedule": "interleaved"},
+    )
+    work, on = workload(run), device("5e13,900")
+    stages = cut(work.spec, 4, work.micro_batch.length)
+    forward, backward = stage_seconds(work, stages, work.plan, on)
+    sent = [boundary_bytes(work.micro_batch, each.bottom) / 1e9 for each in stages[1:]]
+    assert min(sent) > 0
+    for link, transfer in ((None, 0.0), (1e9, sent)):
+        found = timeline_of(work, run.parallel, on, link)
+        assert found == simulate("interleaved", forward, backward, 8, 2, transfer)
+    with pytest.raises(ConfigError, match=r"--parallel\.pipeline 2 or more"):
+        timeline_of(work, ParallelConfig(), on)
+
+
+def test_the_picture_is_the_timeline():
+    """A column a second: 1F1B of two processes, three micro-batches, backward twice forward."""
+    found = simulate("1f1b", [1, 1], [2, 2], 3, 2)
+    assert picture(found, 12) == ["01..aa2bb.cc", ".0aa1bb2cc.."]
+    assert [found.waiting(process) for process in range(2)] == [0.25, 0.25]
+    assert found.bubble == 0.25 == equal_bubble(2, 2, 3)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def called(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int | str | None, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(["timeline", *words])
+    printed = capsys.readouterr()
+    return caught.value.code, printed.out, printed.err
+
+
+RUN = ("llama-130m", "--parallel.pipeline", "2", "--train.micro-batch-size", "64")
+
+
+def test_the_command_prints_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    code, out, _ = called(capsys, *RUN, "--json")
+    found = json.loads(out)
+    assert (code, found["micro_batches"], len(found["spans"])) == (0, 8, 2 * 2 * 8)
+    run = override(
+        presets.get("llama-130m"),
+        train={"micro_batch_size": 64, "device": "cuda"},
+        parallel={"pipeline": 2},
+    )
+    line = timeline_of(workload(run), run.parallel, device("h100"))
+    assert (found["seconds"], found["bubble_frac"]) == (line.seconds, line.bubble)
+    assert found["equal_stages_bubble_frac"] == 1 / 9
+    code, out, err = called(capsys, *RUN, "--plot", str(tmp_path / "sub" / "line.jpg"))
+    assert code == 0
+    assert picture(line)[1] in out
+    assert f"bubble {line.bubble:.4f}" in out
+    files = [tmp_path / "sub" / f"line{ending}" for ending in (".png", ".svg")]
+    assert err == "".join(f"picture {file}\n" for file in files)
+    assert all(file.stat().st_size > 5_000 for file in files)
+
+
+def test_copies_and_links_count(capsys: pytest.CaptureFixture[str]):
+    """Two copies have half of the micro-batches each; a slow link makes the step longer."""
+    whole, copies, slow = (
+        json.loads(called(capsys, *RUN, *more, "--json")[1])
+        for more in ((), ("--parallel.data", "2"), ("--link-gbps", "10"))
+    )
+    assert copies["micro_batches"] == whole["micro_batches"] / 2
+    assert copies["bubble_frac"] > whole["bubble_frac"]
+    assert slow["seconds"] > whole["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("llama-130m",), "--parallel.pipeline 2 or more"),
+        ((*RUN, "--link-gbps", "0"), "--link-gbps is 0.0"),
+        ((*RUN, "--device", "abacus"), "--device 'abacus' is unknown"),
+        ((*RUN, "--plot", "/dev/null/line"), "--plot /dev/null/line: cannot be written"),
+    ],
+)
+def test_bad_words_are_refused(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+):
+    code, _, err = called(capsys, *words)
+    assert code == 2
+    assert message in err

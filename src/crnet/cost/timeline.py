@@ -81,7 +81,10 @@ class Timeline:
 
 
 def timeline_of(
-    work: Workload, parallel: sections.ParallelConfig, on: Device, link_bytes_per_s: float | None = None
+    work: Workload,
+    parallel: sections.ParallelConfig,
+    on: Device,
+    link_bytes_per_s: float | None = None,
 ) -> Timeline:
     """Lay out the passes of a run's optimizer step, at the seconds of the cost model (eager).
 

@@ -20,14 +20,16 @@ def plot(line: Timeline, title: str, path: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(12, 0.45 * line.num_processes + 1.6))
+    figure, axes = pyplot.subplots(
+        figsize=(12, 0.45 * line.num_processes + 1.6), layout="constrained"
+    )
     for process in range(line.num_processes):
         row = line.of_process(process)
         for span in row:
             chunk, is_forward = span.stage // line.num_processes, span.direction == "forward"
             color, length = COLORS[chunk % len(COLORS)], span.end_s - span.start_s
             pale = 1.0 if is_forward else 0.45
-            label = f"{span.direction}, stage {chunk + 1} of a process"
+            label = f"stage {chunk + 1} of a process, {span.direction}"
             axes.barh(
                 process, length, 0.9, span.start_s, color=color, alpha=pale, edgecolor="white",
                 linewidth=0.4, label=label,
@@ -36,9 +38,9 @@ def plot(line: Timeline, title: str, path: Path) -> list[Path]:
                 at, ink = span.start_s + length / 2, "white" if is_forward else "black"
                 number = str(span.micro_batch)
                 axes.text(at, process, number, ha="center", va="center", fontsize=5, color=ink)
-    named = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    axes.legend(named.values(), named.keys(), fontsize=7, ncols=4, loc="upper center",
-                bbox_to_anchor=(0.5, -0.28 - 0.2 / line.num_processes))  # fmt: skip
+    handles, labels = axes.get_legend_handles_labels()
+    named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0]))
+    figure.legend(named.values(), named.keys(), fontsize=7, ncols=4, loc="outside lower center")
     axes.set_yticks(range(line.num_processes))
     axes.set_ylim(line.num_processes - 0.5, -0.5)
     axes.set_xlim(0, line.seconds)
@@ -50,6 +52,6 @@ def plot(line: Timeline, title: str, path: Path) -> list[Path]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fonts of the user's machine
         for file in files:
-            figure.savefig(file, dpi=120, bbox_inches="tight")
+            figure.savefig(file, dpi=120)
     pyplot.close(figure)
     return files
