@@ -496,6 +496,28 @@ FAULTS = [
         "return _cosine(",
         "test_schedules.py::test_jagged_cosine_of_relora",
     ),
+    # A pipeline in time.
+    fault(
+        "a pass starts before what it reads has come",
+        "cost/timeline.py",
+        "end + sent[min(stage, stage + step)]",
+        "end",
+        "test_timeline.py::test_passes_wait_for_what_they_read",
+    ),
+    fault(
+        "an interleaved process begins one pass too early",
+        "cost/timeline.py",
+        "2 * (num_processes - process - 1)",
+        "2 * (num_processes - process - 1) - 1",
+        "test_timeline.py::test_the_order_is_torchs",
+    ),
+    fault(
+        "every stage has a head",
+        "cost/clock.py",
+        'if direction == "forward" and stage.is_last:\n        head = ',
+        'if direction == "forward":\n        head = ',
+        "test_timeline.py::test_stages_add_up_to_the_whole",
+    ),
     # Processes that share a run.
     fault(
         "split gradients are averaged",

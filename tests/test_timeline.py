@@ -14,7 +14,7 @@ from torch.distributed.pipelining.schedules import _ComputationType
 
 from crnet.cli.app import main
 from crnet.config import presets
-from crnet.config.sections import ParallelConfig
+from crnet.config.sections import ParallelConfig, num_stages
 from crnet.config.serialize import override
 from crnet.cost.clock import WAYS, num_kernels, stage_seconds, step_seconds
 from crnet.cost.hardware import DEVICES, device
@@ -314,3 +314,49 @@ def test_bad_words_are_refused(
     code, _, err = called(capsys, *words)
     assert code == 2
     assert message in err
+
+
+# --- what was measured ----------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ("simulated", "sending", "passes", "measured")
+
+
+def measured_table() -> list[str]:
+    report = json.loads((ROOT / "benchmarks/2026-11-26-pipeline-bubble.json").read_text())
+    lines = []
+    for name, case in report["cases"].items():
+        bubbles = [case["equal_stages"], *(case[column]["bubble_frac"] for column in COLUMNS)]
+        cells = [f"{each:.3f}" for each in bubbles]
+        cells += [f"{case[column]['seconds']:.2f}" for column in ("sending", "measured")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def test_the_document_has_what_was_measured():
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert "\n".join(measured_table()) in text
+
+
+def test_what_was_simulated_then_is_simulated_now():
+    report = json.loads((ROOT / "benchmarks/2026-11-26-pipeline-bubble.json").read_text())
+    number = report["options"]["micro_batches"]
+    for case in report["cases"].values():
+        times = {**case["alone_s"], "micro_batches": number, "num_processes": case["processes"]}
+        for column, transfer in (("simulated", 0.0), ("sending", case["send_s"])):
+            found = simulate(case["schedule"], transfer=transfer, **times)
+            assert found.bubble == pytest.approx(case[column]["bubble_frac"])
+            assert found.seconds == pytest.approx(case[column]["seconds"])
+
+
+def test_the_documents_figures_of_7b():
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    for schedule in ("1f1b", "interleaved"):
+        parallel = {"pipeline": 4, "schedule": schedule}
+        run = override(presets.get("llama-7b"), train={"device": "cuda"}, parallel=parallel)
+        work = workload(run)
+        number, stages = work.num_micro_batches, num_stages(run.parallel)
+        lines = [timeline_of(work, run.parallel, device("h100"), link) for link in (None, 50e9)]
+        cells = [equal_bubble(4, stages, number), *(line.bubble for line in lines)]
+        shown = " | ".join(f"{each:.3f}" for each in cells)
+        assert f"| {schedule} | {shown} |" in text
