@@ -186,10 +186,10 @@ def published(linear: str, precision: str) -> Workload:
 def test_stages_add_up_to_the_whole(linear: str, policy: Any):
     """In every way and precision: what a step takes without the optimizer, where the host is never
     the limit."""
-    for precision, num_stages in (("fp32", 2), ("bf16", 12), ("bf16-mixed", 5)):
+    for precision, count in (("fp32", 2), ("bf16", 12), ("bf16-mixed", 5)):
         work = published(linear, precision)
         plan = usual_plan(work.micro_batch, policy)
-        stages = cut(work.spec, num_stages, work.micro_batch.length)
+        stages = cut(work.spec, count, work.micro_batch.length)
         whole = step_seconds(work, plan, device("5e13,900"))
         for way in WAYS:
             if f"{way}: total" not in whole:
@@ -197,7 +197,7 @@ def test_stages_add_up_to_the_whole(linear: str, policy: Any):
             forward, backward = stage_seconds(work, stages, plan, device("5e13,900"), way)
             wanted = whole[f"{way}: total"] - whole[f"{way}: optimizer"]
             assert sum(forward) + sum(backward) == pytest.approx(wanted)
-            assert len(forward) == len(backward) == num_stages
+            assert len(forward) == len(backward) == count
             assert all(b > f > 0 for f, b in zip(forward[:-1], backward[:-1], strict=True))
 
 
