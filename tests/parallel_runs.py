@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch._dynamo.utils import counters
 
 from crnet.config.serialize import from_dict
 from crnet.errors import ConfigError
@@ -27,6 +28,7 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     for each in json.loads((folder / "runs.json").read_text()):
         name, config = each["name"], from_dict(each["config"])
+        counters.clear()
         try:
             result = training.run(
                 config, folder / each["into"], resume=each["resume"], progress=False
@@ -39,6 +41,7 @@ def main() -> None:
         else:
             after = result.after
             seen = {"step": result.step, "tokens": result.tokens, "loss": after and after.loss}
+            seen["graphs"] = counters["stats"]["unique_graphs"]
         (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,10 +34,12 @@ from crnet.config.sections import (
     TrainConfig,
     num_processes,
 )
-from crnet.config.serialize import command_line, override, read_json, to_dict
+from crnet.config.serialize import command_line, from_dict, override, read_json, to_dict
 from crnet.errors import ConfigError
 from crnet.inference.load import load_model
+from crnet.kernels.compiled import compiler_problem
 from crnet.storage import checkpoint, metrics
+from crnet.storage.manifest import MANIFEST
 from crnet.train import run as training
 
 STEPS = 6
@@ -76,8 +79,10 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"linear": "relora", "relora": {"merge_every": 2, "reset_every": 2}},
         "optimizer": {"name": "muon"},
     },
+    "compiled": {"train": {"compile": True, "micro_batch_size": 2}},
 }
 """What is trained, by what differs from ``BASE``."""
+NO_COMPILER = compiler_problem(torch.device("cpu"))
 LAYOUTS: dict[str, dict[str, int]] = {
     "data": {"data": 2},
     "shard": {"shard": 2},
@@ -97,9 +102,10 @@ FAST = (
 )
 """Those of two processes that are not slow: one start serves them."""
 FEW = ("plain", "accumulated", "muon", "apollo")
+RUN = [what for what in WHAT if what != "compiled" or NO_COMPILER is None]
 SLOW = (
-    *(("data", what) for what in WHAT if what != "parts" and ("data", what) not in FAST),
-    *(("shard", what) for what in WHAT if what != "bf16" and ("shard", what) not in FAST),
+    *(("data", what) for what in RUN if what != "parts" and ("data", what) not in FAST),
+    *(("shard", what) for what in RUN if what != "bf16" and ("shard", what) not in FAST),
     *(("data x shard", what) for what in FEW),
     *(("data 4", what) for what in FEW[:2]),
 )
@@ -161,8 +167,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Folders:
 
     @functools.cache
     def alone(what: str) -> Path:
-        parallel = {"checkpoint": "whole"}
-        config = override(configured(corpus, what), parallel=parallel)
+        plain = {"parallel": {"checkpoint": "whole"}, "train": {"compile": False}}
+        config = override(configured(corpus, what), **plain)
         training.run(config, root / "alone" / what, progress=False)
         return root / "alone" / what
 
@@ -223,6 +229,29 @@ def test_every_process_tells_the_same(layout: str, what: str, folders: Folders) 
     ]
     assert seen == seen[:1] * size
     assert seen[0]["step"] == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
+def test_compiled_blocks_go_on(folders: Folders, tmp_path: Path) -> None:
+    """From the middle, to the bits of the run that went through; every process compiles."""
+    layouts = ("data", "shard")
+    whole = {each: folders(each, "compiled")[0] / f"{each}, compiled" for each in layouts}
+    for layout, folder in whole.items():
+        copied = shutil.copytree(folder, tmp_path / layout)
+        shutil.rmtree(copied / "checkpoints" / f"step_{STEPS}")
+    manifests = {each: read_json(folder / MANIFEST) for each, folder in whole.items()}
+    runs = [Run(f"on {each}", from_dict(manifests[each]["config"]), each, True) for each in whole]
+    launch(2, tmp_path, runs)
+    for layout, folder in whole.items():
+        assert losses(tmp_path / layout) == losses(folder)
+        found, wanted = (checkpoint.newest(each) for each in (tmp_path / layout, folder))
+        assert found is not None
+        assert wanted is not None
+        for name, weight in wanted.weights().items():
+            assert torch.equal(found.weights()[name], weight), name
+        for rank in range(2):
+            assert json.loads((tmp_path / f"on {layout}.{rank}.json").read_text())["graphs"] > 1
 
 
 @pytest.mark.slow
