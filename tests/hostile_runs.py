@@ -48,6 +48,7 @@ def json_words(command: str, bench: Bench) -> list[str]:
         "prepare": ["prepare", *TINY[10:20], "--data.source", str(bench.corpus)],
         "evaluate": ["evaluate", run],
         "generate": ["generate", run, "--max-tokens", "5"],
+        "consolidate": ["consolidate", run, "--out", str(bench.folder / "handed on")],
         "list": ["list"],
         "paper": ["paper", "2"],
         "check-plugin": ["check-plugin", str(Path(__file__).parent / "no_plugin.py")],

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from crnet.data.prepare import prepare
 from crnet.data.rows import Batches, validation_batches
 from crnet.errors import ConfigError
 from crnet.inference.load import load_model, load_tokenizer
-from crnet.storage import checkpoint, metrics
-from crnet.storage.checkpoint import CHECKSUMS, DESCRIPTION, STATE, WEIGHTS
+from crnet.storage import checkpoint, metrics, parts
+from crnet.storage.checkpoint import CHECKSUMS, DESCRIPTION, STATE, WEIGHTS, Contents
 from crnet.train import run as train
 from test_train import run, tiny, weights_of
 
@@ -491,6 +492,65 @@ def save_again(run_dir: Path, step: int = 13, keep: int = 0) -> Path:
         ),
         keep,
     )
+
+
+def in_parts(source: checkpoint.Checkpoint, run_dir: Path) -> checkpoint.Checkpoint:
+    """The same, its weights written as processes write their parts."""
+    weights = {f"{checkpoint.IN_WEIGHTS}{name}": it for name, it in source.weights().items()}
+
+    def write(folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is one process
+            parts.write(folder, weights)
+
+    checkpoint.begin(run_dir, source.progress.step)
+    tokenizer = {"tokenizer": load_tokenizer(source).save}
+    state, extra = source.state(), source.extra
+    found = Contents({}, state, source.config, source.progress, extra, tokenizer, write)
+    return checkpoint.load(checkpoint.save(run_dir, found, keep=0))
+
+
+def test_parts_become_the_files_of_one_process(reference: Path, tmp_path: Path) -> None:
+    """Byte for byte, also into an empty folder, and again where a killed process left something."""
+    source = checkpoint.load(checkpoint.found(reference)[0])
+    saved = in_parts(source, tmp_path / "run")
+    assert saved.in_parts
+    before = contents(saved.folder)
+    target = tmp_path / "handed on"
+    target.mkdir()
+    (tmp_path / ".unfinished-handed on").mkdir()
+    (tmp_path / ".unfinished-handed on" / WEIGHTS).write_text("half")
+    checkpoint.consolidate(saved, target)
+    found = {path.name: content for path, content in contents(target).items()}
+    assert found == {path.name: content for path, content in contents(source.folder).items()}
+    assert contents(saved.folder) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["handed on", "run"]
+    load_model(checkpoint.resolve(target))
+
+
+def test_what_is_there_is_not_overwritten(reference: Path, tmp_path: Path) -> None:
+    saved = checkpoint.load(checkpoint.found(reference)[0])
+    (tmp_path / "file").write_text("mine")
+    for target in (reference, saved.folder, tmp_path, tmp_path / "file"):
+        before = contents(target)
+        with pytest.raises(ConfigError, match="not an empty folder; choose another"):
+            checkpoint.consolidate(saved, target)
+        assert contents(target) == before
+
+
+@pytest.mark.parametrize("where", ["safetensors.torch.save_file", "crnet.storage.checkpoint.sync"])
+def test_a_full_disk_leaves_no_half_of_it(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    saved = checkpoint.load(checkpoint.found(reference)[0])
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(ConfigError, match=r"new: .*No space left on device.*is untouched"):
+        checkpoint.consolidate(saved, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

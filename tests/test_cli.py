@@ -1022,6 +1022,11 @@ BAD_COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "generate no token": (["generate", "{tmp}", "--max-tokens", "0"], ["--max-tokens is 0"]),
     "generate with top-p above one": (["generate", "{tmp}", "--top-p", "2"], ["--top-p is 2.0"]),
     "generate with an unknown flag": (["generate", "{tmp}", "--topk", "2"], ["--topk", "--top-k"]),
+    "consolidate without a place": (["consolidate", "{tmp}"], ["--out"]),
+    "consolidate what is not there": (
+        ["consolidate", "{tmp}/none", "--out", "{tmp}/new"],
+        ["none", "it is not there"],
+    ),
     "prepare what is not there": (
         ["prepare", "--data.source", "{tmp}/none.txt"],
         ["none.txt", "no such file"],

@@ -55,6 +55,7 @@ SHORT: dict[str, Changes] = {
     "prepare": {"--data.vocab-size": "300"},
     "evaluate": {},
     "generate": {"--max-tokens": "4"},
+    "consolidate": {},
     "list": {},
     "cost": {},
     "plan": {},

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 
+from crnet.cli.app import main
 from crnet.config.check import check
 from crnet.config.sections import (
     SIZES,
@@ -41,6 +42,7 @@ from crnet.kernels.compiled import compiler_problem
 from crnet.storage import checkpoint, metrics
 from crnet.storage.manifest import MANIFEST
 from crnet.train import run as training
+from test_checkpoint import assert_same
 
 STEPS = 6
 BASE = RunConfig(
@@ -70,6 +72,7 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
     "bf16-mixed": {"train": {"precision": "bf16-mixed"}},
     "full": {"model": {"linear": "full", "tie_embeddings": True}},
     "parts": {"parallel": {"checkpoint": "parts"}},
+    "muon in parts": {"optimizer": {"name": "muon"}, "parallel": {"checkpoint": "parts"}},
     "attnres": {"model": {"linear": "lowrank", "stream": "attnres"}},
     "bf16": {"train": {"precision": "bf16"}},
     "muon": {"optimizer": {"name": "muon"}},
@@ -104,12 +107,13 @@ FAST = (
 FEW = ("plain", "accumulated", "muon", "apollo")
 RUN = [what for what in WHAT if what != "compiled" or NO_COMPILER is None]
 SLOW = (
-    *(("data", what) for what in RUN if what != "parts" and ("data", what) not in FAST),
+    *(("data", what) for what in RUN if "parts" not in what and ("data", what) not in FAST),
     *(("shard", what) for what in RUN if what != "bf16" and ("shard", what) not in FAST),
     *(("data x shard", what) for what in FEW),
     *(("data 4", what) for what in FEW[:2]),
 )
-CLOSE = {"bf16-mixed": 2e-3, "bf16": 5e-3, "muon": 2e-4, "resets": 2e-4}
+CLOSE = {"bf16-mixed": 2e-3, "bf16": 5e-3, **dict.fromkeys(("muon", "muon in parts"), 2e-4)}
+CLOSE["resets"] = 2e-4
 """Relative difference of a loss that counts as rounding, where it is not 2e-5: products in bf16
 round by 2^-9, and which rows are added first decides some of them (torch's Muon orthogonalises in
 bf16)."""
@@ -229,6 +233,38 @@ def test_every_process_tells_the_same(layout: str, what: str, folders: Folders) 
     ]
     assert seen == seen[:1] * size
     assert seen[0]["step"] == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("whole", "apart"), [("plain", "parts"), ("muon", "muon in parts")])
+def test_parts_are_consolidated(whole: str, apart: str, folders: Folders, tmp_path: Path) -> None:
+    """To the bits of the checkpoint that the same processes gathered, the optimizer's state too;
+    ``evaluate`` and ``generate`` read them."""
+    wanted = checkpoint.newest(folders("shard", whole)[0] / f"shard, {whole}")
+    source = folders("shard", apart)[0] / f"shard, {apart}"
+    assert wanted is not None
+    main_of(["consolidate", str(source), "--out", str(tmp_path / "new")])
+    found = checkpoint.load(tmp_path / "new")
+    assert not found.in_parts
+    assert (found.progress, found.extra) == (wanted.progress, wanted.extra)
+    assert_same(found.weights(), wanted.weights())
+    states = [each.state() for each in (found, wanted)]
+    for state in states:
+        del state["torch_rng"]  # where its process stood: the runs draw nothing from it
+    assert_same(*states)
+    names = [sorted(path.name for path in each.folder.iterdir()) for each in (found, wanted)]
+    assert names[0] == names[1]
+    assert (found.folder / checkpoint.WEIGHTS).read_bytes() == (
+        wanted.folder / checkpoint.WEIGHTS
+    ).read_bytes()
+    main_of(["evaluate", str(tmp_path / "new"), "--json"])
+    main_of(["generate", str(tmp_path / "new"), "--max-tokens", "2"])
+
+
+def main_of(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0, words
 
 
 @pytest.mark.slow

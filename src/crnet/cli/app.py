@@ -38,6 +38,7 @@ COMMANDS = {
     "prepare": "prepare",
     "evaluate": "evaluate",
     "generate": "generate",
+    "consolidate": "consolidate",
     "list": "listing",
     "demo": "demo",
     "paper": "paper",

@@ -17,6 +17,7 @@ dictionaries come in and go out.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -24,7 +25,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,6 +113,12 @@ class Checkpoint:
         """Whether several processes wrote the tensors, each its own."""
         return not os.path.exists(self.folder / WEIGHTS)
 
+    def other_files(self) -> list[str]:
+        """Names of what the run added (``Contents.files``)."""
+        own = {WEIGHTS, STATE, DESCRIPTION, parts.INDEX}
+        sums = read_json(self.folder / CHECKSUMS)
+        return [name for name in sums if name not in own and not name.endswith(parts.PART_FILE)]
+
     def weights(self) -> dict[str, Tensor]:
         """Every weight by name, whole, on the CPU, in the dtype it was saved in."""
         if self.in_parts:
@@ -190,20 +197,67 @@ def save(run_dir: Path, contents: Contents, keep: int) -> Path:
     Cost: weights and state once to the disk, and once more to hash them.
     """
     target, unfinished = _places(run_dir, contents.progress.step)
-    try:
+    mend = (
+        "Earlier checkpoints are untouched; free space or make the folder writable, then go on "
+        "with --resume"
+    )
+    with _writing(target, unfinished, mend):
         if contents.parts is None:
             begin(run_dir, contents.progress.step)
         _write(contents, unfinished)
         _publish(unfinished, target)
+    _prune(run_dir, contents.progress.step, keep)
+    return target
+
+
+def consolidate(saved: Checkpoint, target: Path) -> None:
+    """Write a checkpoint, in parts or not, as the folder that one process would have written.
+
+    Args:
+        target: a folder that is empty or not there; until all is on the disk it has another name.
+    Raises:
+        ConfigError: ``target`` holds something or cannot be written, or a file of ``saved`` is
+            damaged. ``saved`` is only read.
+    Cost: weights and state whole in memory; no other process takes part.
+    """
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: is there already, and not an empty folder; choose another")
+    target = Path(os.path.abspath(target))  # so that it has a name
+    unfinished = target.with_name(UNFINISHED + target.name)
+    contents = Contents(
+        weights=saved.weights(),
+        state=saved.state(),
+        config=saved.config,
+        progress=saved.progress,
+        extra=saved.extra,
+        files={name: partial(_copy, saved.folder / name) for name in saved.other_files()},
+    )
+    mend = f"{saved.folder} is untouched; free space, or choose a folder that can be written"
+    with _writing(target, unfinished, mend):
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        unfinished.mkdir()
+        _write(contents, unfinished)
+        _to_disk(unfinished)
+        unfinished.rename(target)  # an empty folder gives way
+        sync(target.parent)
+
+
+def _copy(path: Path, folder: Path) -> None:
+    shutil.copy(path, folder)
+
+
+@contextlib.contextmanager
+def _writing(target: Path, unfinished: Path, mend: str) -> Iterator[None]:
+    """Turn a failure to write a checkpoint into a ``ConfigError``; nothing half-written stays."""
+    try:
+        yield
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ConfigError(
-            f"{target}: the checkpoint could not be written ({reason}). Earlier checkpoints are "
-            "untouched; free space or make the folder writable, then go on with --resume"
+            f"{target}: the checkpoint could not be written ({reason}). {mend}"
         ) from error
-    _prune(run_dir, contents.progress.step, keep)
-    return target
 
 
 def _places(run_dir: Path, step: int) -> tuple[Path, Path]:
@@ -279,13 +333,17 @@ def _write_state(state: Mapping[str, Any], path: Path) -> None:
 
 def _publish(unfinished: Path, target: Path) -> None:
     """Bring a written folder to the disk, then give it the name by which it is found."""
-    for path in unfinished.iterdir():
-        sync(path)
-    sync(unfinished)
+    _to_disk(unfinished)
     if target.exists():  # the same step saved twice: the newer copy replaces the older one
         _remove(target)
     unfinished.rename(target)
     sync(target.parent)
+
+
+def _to_disk(folder: Path) -> None:
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
 
 
 def _prune(run_dir: Path, step: int, keep: int) -> None:

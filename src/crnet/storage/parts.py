@@ -19,7 +19,8 @@ from torch import Tensor
 
 from crnet.errors import ConfigError
 
-INDEX = ".metadata"
+INDEX, PART_FILE = ".metadata", ".distcp"
+"""Name of the index of all parts; what the names of the files that hold them end with."""
 
 
 def _checkpoints() -> Any:
