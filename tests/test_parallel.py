@@ -403,6 +403,61 @@ def test_the_command_starts_its_processes_and_a_killed_one_is_named(
     assert "Traceback" not in text
 
 
+def signalled(words: list[str], sign: signal.Signals, is_time: Callable[[], bool]) -> Any:
+    """A program that gets a signal once it is time: its exit code, and what it said."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, *words], stderr=subprocess.PIPE, text=True, env=environment
+    ) as started:
+        while not is_time():
+            assert started.poll() is None, started.stderr and started.stderr.read()
+            time.sleep(0.02)
+        started.send_signal(sign)
+        _, text = started.communicate(timeout=120)
+    return started.returncode, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_there_is_a_run_ends_as_one_process_does(
+    sign: signal.Signals, corpus: Path, tmp_path: Path
+) -> None:
+    """While the corpus is prepared nothing can be saved: no exit code 0, and no folder of a run;
+    the cache has what it had."""
+    large = tmp_path / "large.txt"
+    large.write_text("\n\n".join(f"{corpus.read_text()} {idx}" for idx in range(300)))
+    found = {}
+    for count in (1, 2):
+        cache, out = tmp_path / f"cache {count}", tmp_path / f"run {count}"
+        data = {"source": (str(large),), "cache_dir": cache}
+        config = override(configured(corpus, "plain", data=count), data=data)
+        code, text = signalled(
+            words_of(config, out), sign, lambda cache=cache: any(cache.glob(".unfinished-*"))
+        )
+        assert "Traceback" not in text
+        assert not out.exists()
+        assert [each for each in cache.iterdir() if not each.name.startswith(".")] == []
+        found[count] = code
+    assert found[1] == found[2] != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_job_saves_and_ends(
+    sign: signal.Signals, corpus: Path, tmp_path: Path
+) -> None:
+    out, long = tmp_path / "run", {"steps": 40000, "eval_every_steps": 0, "save_every_steps": 0}
+    config = override(configured(corpus, "plain", data=2), train=long)
+    path = out / "metrics.jsonl"
+    code, text = signalled(
+        words_of(config, out), sign, lambda: path.exists() and path.read_text().count("\n") > 4
+    )
+    assert code == 0, text
+    saved = checkpoint.newest(out)
+    assert saved is not None
+    assert saved.progress.step == metrics.read(path)[-1]["step"]
+
+
 @with_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "parts"])

@@ -66,6 +66,7 @@ def train(
     from crnet.train import run as training
 
     result = training.run(run_config, run_dir, resume=goes_on)
+    launch.note_end()
     if os.environ.get("RANK", "0") == "0":
         _show(result, as_json)
 
