@@ -228,9 +228,7 @@ def test_as_one_process(layout: str, what: str, folders: Folders) -> None:
 def test_every_process_tells_the_same(layout: str, what: str, folders: Folders) -> None:
     folder, _ = folders(layout, what)
     size = num_processes(ParallelConfig(**LAYOUTS[layout]))
-    seen = [
-        json.loads((folder / f"{layout}, {what}.{rank}.json").read_text()) for rank in range(size)
-    ]
+    seen = seen_by(size, folder, f"{layout}, {what}")
     assert seen == seen[:1] * size
     assert seen[0]["step"] == STEPS
 
@@ -286,8 +284,7 @@ def test_compiled_blocks_go_on(folders: Folders, tmp_path: Path) -> None:
         assert wanted is not None
         for name, weight in wanted.weights().items():
             assert torch.equal(found.weights()[name], weight), name
-        for rank in range(2):
-            assert json.loads((tmp_path / f"on {layout}.{rank}.json").read_text())["graphs"] > 1
+        assert all(each["graphs"] > 1 for each in seen_by(2, tmp_path, f"on {layout}"))
 
 
 @pytest.mark.slow
@@ -313,12 +310,31 @@ def test_goes_on_in_every_other_layout(corpus: Path, tmp_path: Path) -> None:
         if size == 1:
             training.run(config, folder / "run", resume=True, progress=False)
         else:
-            launch(size, folder, [Run(f"part {part}", config, "run", resume=bool(part))])
+            others = [] if part != 1 else [elsewhere(folder, config)]
+            launch(size, folder, [*others, Run(f"part {part}", config, "run", resume=bool(part))])
+            seen = seen_by(size, folder, f"part {part}")
+            # The first process verifies the checkpoint, and nobody else.
+            assert [bool(each["verified"]) for each in seen] == [part > 0, *[False] * (size - 1)]
+            for each in seen_by(size, folder, "elsewhere") if others else ():
+                assert "process 1 has checkpoint step_3 'not there'" in each["refused"][0]
         saved = checkpoint.newest(folder / "run")
         assert saved is not None
         assert saved.in_parts == (sizes.get("checkpoint") == "parts")
         load_model(saved)  # by one process, whatever has written it
     assert losses(folder / "run") == pytest.approx(losses(whole), rel=2e-5)
+
+
+def elsewhere(folder: Path, config: RunConfig) -> Run:
+    """A run that goes on, and that the second process has no checkpoint of."""
+    for rank in range(2):
+        shutil.copytree(folder / "run", folder / f"elsewhere {rank}")
+    shutil.rmtree(folder / "elsewhere 1" / "checkpoints" / "step_3")
+    return Run("elsewhere", config, "elsewhere RANK", resume=True)
+
+
+def seen_by(size: int, folder: Path, name: str) -> list[dict[str, Any]]:
+    """What each process saw of a run."""
+    return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(size)]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ dictionaries come in and go out.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pickle
 import re
@@ -260,10 +261,15 @@ def _writing(target: Path, unfinished: Path, mend: str) -> Iterator[None]:
         ) from error
 
 
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where a run's checkpoint of a step is, once it is finished."""
+    return run_dir / "checkpoints" / f"step_{step}"
+
+
 def _places(run_dir: Path, step: int) -> tuple[Path, Path]:
     """A checkpoint's folder, and its name while it is written."""
-    root = run_dir / "checkpoints"
-    return root / f"step_{step}", root / f"{UNFINISHED}step_{step}"
+    target = folder_of(run_dir, step)
+    return target, target.with_name(f"{UNFINISHED}{target.name}")
 
 
 def begin(run_dir: Path, step: int) -> Path:
@@ -429,6 +435,15 @@ def load(folder: Path, *, with_state: bool = True) -> Checkpoint:
         extra=description["extra"],
         state_verified=with_state,
     )
+
+
+def fingerprint(folder: Path) -> str | None:
+    """What tells a finished checkpoint from another one, and from one that misses a file or the
+    end of one; None: it is not there. Cost: nothing is read but the checksums."""
+    if not os.path.isfile(folder / CHECKSUMS):
+        return None
+    sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir())
+    return hashlib.sha256(f"{sha256(folder / CHECKSUMS)} {sizes}".encode()).hexdigest()
 
 
 def _verify(folder: Path, with_state: bool) -> None:

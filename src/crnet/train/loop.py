@@ -94,7 +94,7 @@ class Record:
     def _publish(self, contents: Contents) -> None:
         keep = contents.config.train.keep_checkpoints
         self.world.on_first(lambda: checkpoint.save(self.run_dir, contents, keep))
-        self.last_checkpoint = self.run_dir / "checkpoints" / f"step_{contents.progress.step}"
+        self.last_checkpoint = checkpoint.folder_of(self.run_dir, contents.progress.step)
 
 
 class Loop:

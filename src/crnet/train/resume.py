@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ from crnet.parallel.stage_state import own_state, state_of_stages, weights_of_st
 from crnet.parallel.tensor_state import whole_state, whole_weights
 from crnet.parallel.whole import is_split
 from crnet.parallel.world import ALONE, World
+from crnet.storage import checkpoint
 from crnet.storage.checkpoint import Checkpoint
 from crnet.storage.manifest import MANIFEST
 from crnet.train.step import learning_rate
@@ -49,6 +51,22 @@ def check_folder(run_dir: Path, resume: bool) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "is not a folder" if not nearest.is_dir() else "cannot be written"
         raise ConfigError(f"{run_dir}: {nearest} {reason}; choose another --out")
+
+
+def newest_of(run_dir: Path, world: World = ALONE) -> Checkpoint | None:
+    """The newest whole checkpoint of a run. The first process alone reads it all to verify it; the
+    others take its word, and have the same one.
+
+    Raises:
+        ConfigError: every checkpoint is damaged, or a process sees another one.
+    """
+    saved = world.on_first(lambda: checkpoint.newest(run_dir))
+    if saved is None:
+        return None
+    saved = dataclasses.replace(saved, folder=checkpoint.folder_of(run_dir, saved.progress.step))
+    found, name = saved.folder, f"checkpoint {saved.folder.name}"
+    world.check_same(lambda: {name: checkpoint.fingerprint(found) or "not there"})
+    return saved
 
 
 def check_plugins(run_dir: Path) -> None:

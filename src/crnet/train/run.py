@@ -56,6 +56,7 @@ from crnet.train.loop import Loop, Record
 from crnet.train.resume import (
     check_folder,
     check_plugins,
+    newest_of,
     restore,
     say_changes,
     set_random_states,
@@ -138,7 +139,7 @@ def _run(
     same = deterministic(device) if config.train.deterministic else contextlib.nullcontext()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    saved = checkpoint.newest(run_dir) if resume else None
+    saved = newest_of(run_dir, world) if resume else None
     changed = say_changes(saved, config, corpus.hashes, say=world.is_first) if resume else []
     step = make_step(config, work.spec, device, saved, world)
     step.model.recompute(work.plan)
