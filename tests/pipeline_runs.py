@@ -26,6 +26,7 @@ from torch.distributed.pipelining import PipelineStage
 from crnet.config.serialize import from_dict
 from crnet.errors import ConfigError
 from crnet.parallel import pipeline
+from crnet.parallel.whole import is_split
 from crnet.train import run as training
 
 
@@ -75,7 +76,8 @@ FAULTS = {
 @contextlib.contextmanager
 def watched() -> Iterator[dict[str, Any]]:
     """What a run's model holds and sends."""
-    seen: dict[str, Any] = {"sent": defaultdict(int), "waiting": defaultdict(int)}
+    seen: dict[str, Any] = {"sent": defaultdict(int), "waiting": defaultdict(int), "scattered": 0}
+    scattered = torch.distributed.reduce_scatter_single
     made, computed = training.make_engine, PipelineStage.forward_one_chunk
     forward, backward = PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops
 
@@ -84,7 +86,13 @@ def watched() -> Iterator[dict[str, Any]]:
         parameters = list(engine.model.parameters())
         seen["held"] = sum(each.nbytes for each in parameters)
         seen["trained"] = sum(each.nbytes for each in parameters if each.requires_grad)
+        local = [each.to_local() if is_split(each) else each for each in parameters]
+        seen["part"] = sum(each.nbytes for each in local)
         return engine
+
+    def scatter(*args: Any, **more: Any) -> Any:
+        seen["scattered"] += 1
+        return scattered(*args, **more)
 
     def send_forward(self: PipelineStage, chunk: int) -> Any:
         ops = forward(self, chunk)
@@ -105,6 +113,7 @@ def watched() -> Iterator[dict[str, Any]]:
     with (
         mock.patch.object(training, "plot_losses"),  # a third of the time
         mock.patch.object(training, "make_engine", make),
+        mock.patch.object(torch.distributed, "reduce_scatter_single", scatter),
         mock.patch.object(PipelineStage, "forward_one_chunk", compute),
         mock.patch.object(PipelineStage, "get_fwd_send_ops", send_forward),
         mock.patch.object(PipelineStage, "get_bwd_send_ops", send_backward),

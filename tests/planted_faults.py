@@ -799,6 +799,27 @@ FAULTS = [
         "return torch.cat(parts[::-1], dim)",
         f"{PARTS}[full]",
     ),
+    fault(
+        "one that was killed ends as if it had saved",
+        "parallel/launch.py",
+        "if len(os.listdir(ends)) == count:",
+        "if True:",
+        "test_parallel.py::test_a_signal_before_there_is_a_run_ends_as_one_process_does",
+    ),
+    fault(
+        "a checkpoint is taken unseen",
+        "train/resume.py",
+        'checkpoint.fingerprint(found) or "not there"',
+        '""',
+        "test_parallel.py::test_goes_on_in_every_other_layout",
+    ),
+    fault(
+        "a handed on checkpoint overwrites",
+        "storage/checkpoint.py",
+        "not target.is_dir() or any(target.iterdir())",
+        "not target.is_dir()",
+        "test_checkpoint.py::test_what_is_there_is_not_overwritten",
+    ),
 ]
 
 

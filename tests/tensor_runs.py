@@ -4,8 +4,8 @@
 
 FOLDER/runs.json lists the runs: name, configuration, whether it goes on. Each is trained into
 FOLDER/NAME by all processes together; what a process sees of it is in FOLDER/NAME.RANK.json: among
-it the bytes of every sum over processes that compute a block in parts, in the last step, and a hash
-of the weights that each of them has whole.
+it the bytes of every sum over processes that compute a block in parts, in the last step, a hash of
+the weights that each of them has whole, and the bytes of those that it has.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from torch import distributed as dist
 
 from crnet.config.serialize import from_dict
 from crnet.errors import ConfigError
+from crnet.parallel.whole import is_split, whole
 from crnet.train import run as training
 from crnet.train.step import Step
 
 SUMS: list[int] = []
 """Bytes of each sum of the step that is under way, or was the last one."""
+HELD = [0]
+"""Bytes of the weights that this process has after the latest step. (After an evaluation torch
+leaves what is around the blocks whole.)"""
 GROUPS: list[Any] = [None]
 MODELS: list[Any] = [None]
 """That of the latest step."""
@@ -49,6 +53,7 @@ def count_sums() -> None:
             return call(self, *args)
         finally:
             GROUPS[0] = None
+            HELD[0] = held_bytes()
 
     dist.all_reduce, Step.__call__ = counting, stepping
 
@@ -58,8 +63,13 @@ def hash_of_whole_weights() -> str:
     model, found = MODELS[0], hashlib.sha256()
     for name, parameter in model.named_parameters():
         if name not in model.spec.split_dims:
-            found.update(parameter.detach().numpy().tobytes())
+            found.update(whole(parameter.detach()).numpy().tobytes())
     return found.hexdigest()
+
+
+def held_bytes() -> int:
+    parameters = MODELS[0].parameters()
+    return sum((it.to_local() if is_split(it) else it).nbytes for it in parameters)
 
 
 def main() -> None:
@@ -79,7 +89,7 @@ def main() -> None:
         else:
             after = result.after
             seen = {"step": result.step, "loss": after and after.loss, "sums": [*SUMS]}
-            seen["whole weights"] = hash_of_whole_weights()
+            seen |= {"whole weights": hash_of_whole_weights(), "held": HELD[0]}
         (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 

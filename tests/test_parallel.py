@@ -1,4 +1,4 @@
-"""Runs that two and four processes share, over gloo on the CPU, against the same run of one.
+"""Runs that two, four and eight processes share, over gloo on the CPU, against the same run of one.
 
 The processes of a world size are started once (``parallel_runs.py``) and train everything in
 ``RUNS``; the tests read what was written. Against one process, figures agree to rounding: rows are
@@ -93,6 +93,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "tensor": {"tensor": 2},
     "data x shard": {"data": 2, "shard": 2},
     "data 4": {"data": 4},
+    "data x shard x pipeline": {"data": 2, "shard": 2, "pipeline": 2},
+    "data x shard x tensor": {"data": 2, "shard": 2, "tensor": 2},
 }
 """How processes share a run."""
 FAST = (
@@ -111,6 +113,8 @@ SLOW = (
     *(("shard", what) for what in RUN if what != "bf16" and ("shard", what) not in FAST),
     *(("data x shard", what) for what in FEW),
     *(("data 4", what) for what in FEW[:2]),
+    ("data x shard x pipeline", "accumulated"),
+    ("data x shard x tensor", "accumulated"),
 )
 CLOSE = {"bf16-mixed": 2e-3, "bf16": 5e-3, **dict.fromkeys(("muon", "muon in parts"), 2e-4)}
 CLOSE["resets"] = 2e-4

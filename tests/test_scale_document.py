@@ -80,8 +80,10 @@ LAYOUTS = {
     "data x shard": {"data": 2, "shard": 2},
     "pipeline": {"pipeline": 2},
     "data x pipeline": {"data": 2, "pipeline": 2},
+    "shard x pipeline": {"shard": 2, "pipeline": 2},
     "tensor": {"tensor": 2},
     "data x tensor": {"data": 2, "tensor": 2},
+    "shard x tensor": {"shard": 2, "tensor": 2},
 }
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
     "every parameterization and stream": {
@@ -103,8 +105,8 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def is_taken(parallel: dict[str, int], sections: dict[str, dict[str, Any]]) -> bool:
-    micro = {"micro_batch_size": 2}
-    config = override(RunConfig(), parallel=parallel, train=micro)
+    rows = {"batch_size": 16, "micro_batch_size": 2}
+    config = override(RunConfig(), parallel=parallel, train=rows)
     try:
         check(override(config, **sections))
     except ConfigError:
@@ -131,9 +133,24 @@ def test_what_is_refused_is_what_the_page_says() -> None:
     )
 
 
+def products(number: int) -> list[dict[str, int]]:
+    return [dict.fromkeys(each, 2) for each in itertools.combinations(SIZES, number)]
+
+
 def test_other_products_are_refused() -> None:
     """Of all pairs of sizes, those that the page does not name."""
-    named = {tuple(sorted(each)) for each in LAYOUTS.values() if len(each) == 2}
-    for pair in itertools.combinations(SIZES, 2):
-        if tuple(sorted(pair)) not in named:
-            assert not is_taken(dict.fromkeys(pair, 2), {}), pair
+    named = [each for each in LAYOUTS.values() if len(each) == 2]
+    for pair in products(2):
+        assert is_taken(pair, {}) == (pair in named), pair
+
+
+def test_copies_of_what_is_split() -> None:
+    """Of three sizes: data x shard where shard is taken, with what is taken there; no others."""
+    for sizes in products(3):
+        alone = {key: size for key, size in sizes.items() if key != "data"}
+        is_named = len(alone) == 2 and "shard" in alone and is_taken(alone, {})
+        assert is_taken(sizes, {}) == is_named, sizes
+        for variants in ROWS.values() if is_named else ():
+            for each in variants.values():
+                assert is_taken(sizes, each) == is_taken(alone, each), (sizes, each)
+    assert not is_taken(products(4)[0], {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import torch
 
 from crnet.config import presets
 from crnet.config.check import check
-from crnet.config.model_spec import model_spec
+from crnet.config.model_spec import ModelSpec, model_spec
 from crnet.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
 from crnet.config.serialize import override, to_dict
 from crnet.cost.hardware import communication_bytes, tensor_bytes
@@ -72,6 +73,8 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
     "invert": {"train": {"recompute": "invert"}},
 }
 """What is trained, by what differs from ``BASE``."""
+SPLIT = ("crnet", "full", "odd width", "accumulated", "bf16-mixed", "block", "replay", "invert")
+"""What is trained where processes split each part once more."""
 CLOSE = {"bf16-mixed": 2e-3}
 """Relative difference of a loss that counts as rounding, where it is not 2e-5: products in bf16
 round by 2^-9, and a sum over two processes rounds its summands."""
@@ -153,7 +156,10 @@ def copies(
     training.run(configured(corpus, "crnet"), folder / "by one", resume=True, progress=False)
     copy_until(folder / "by one", 3, folder / "went on")
     accumulated = configured(corpus, "accumulated", data=2, tensor=2)
-    launch(4, folder, {"went on": config, "accumulated": accumulated})
+    copy_until(alone / "crnet", 1, folder / "split went on")
+    split = {f"split, {what}": configured(corpus, what, shard=2, tensor=2) for what in SPLIT}
+    went_on = {"went on": config, "split went on": split["split, crnet"]}
+    launch(4, folder, {"accumulated": accumulated, **went_on, **split})
     return folder
 
 
@@ -211,9 +217,34 @@ def test_copies_of_it(what: str, copies: Path, alone: Path) -> None:
 
 
 def test_goes_on_with_other_numbers_of_processes(copies: Path, shared: Path, alone: Path) -> None:
-    """1 -> 2 -> 1 -> 2 x 2, a step each: whole tensors, of the optimizer's state too."""
+    """1 -> 2 -> 1 -> 2 x 2, a step each: whole tensors, of the optimizer's state too. 1 -> 2 x 2,
+    the parts split."""
     for folder in (shared, copies):
         assert_same_run(folder / "went on", alone / "crnet", "crnet")
+    assert_same_run(copies / "split went on", alone / "crnet", "crnet")
+
+
+@pytest.mark.parametrize("what", SPLIT)
+def test_parts_are_split_once_more(what: str, copies: Path, alone: Path, corpus: Path) -> None:
+    """``tensor`` x ``shard``: the run of one process; between those that have parts of a map, the
+    sums of the closed form; two that split a part have it once."""
+    assert_same_run(copies / f"split, {what}", alone / what, what)
+    seen = [json.loads((copies / f"split, {what}.{rank}.json").read_text()) for rank in range(4)]
+    config = configured(corpus, what, shard=2, tensor=2)
+    work = workload(training.work_of_one(config, torch.device("cpu")))
+    summed = tensor_bytes(work)
+    for rank in seen:
+        # A gain's one item is summed where it is: by the first of those that split it.
+        assert summed - 4 * num_gains(work.spec) <= sum(rank["sums"]) <= summed
+        assert rank["loss"] == seen[0]["loss"]
+        assert rank["whole weights"] == seen[0]["whole weights"]
+    held = [rank["held"] for rank in seen]
+    spec = work.spec.in_parts(0, 2)
+    assert sum(held) == 2 * 4 * sum(math.prod(each) for each in spec.stored_shapes.values())
+
+
+def num_gains(spec: ModelSpec) -> int:
+    return sum(name.endswith("beta") for name in spec.tensors)
 
 
 def sums(shared: Path, what: str) -> list[int]:
@@ -286,7 +317,7 @@ def test_parts_make_the_whole() -> None:
     [
         ({"model": {"num_heads": 4, "num_kv_heads": 1}}, r"1 is not .* a divisor of 1"),
         ({"model": {"hidden_size": 36, "num_heads": 3}}, "--model.num-heads 3 is not divided"),
-        ({"parallel": {"shard": 2}}, "are not split once more; say --parallel.data"),
+        ({"parallel": {"shard": 2, "checkpoint": "parts"}}, "say --parallel.checkpoint whole"),
         ({"train": {"compile": True}}, "leave one of them out"),
         ({"train": {"precision": "bf16"}}, "bf16-mixed"),
         ({"optimizer": {"name": "muon"}}, "needs whole matrices"),

@@ -31,11 +31,6 @@ def pipeline_problems(config: RunConfig) -> Iterator[str]:
             "--parallel.pipeline: the head is the embedding, and the last stage has the one, the "
             "first the other; say --model.tie-embeddings false"
         )
-    if parallel.shard > 1:
-        yield (
-            "--parallel.pipeline with --parallel.shard: fully_shard scatters gradients at the end "
-            "of every backward pass, and a stage has one for each micro-batch; say --parallel.data"
-        )
     if parallel.checkpoint == "parts":
         yield (
             "--parallel.pipeline with --parallel.checkpoint parts: stages number their optimizer's "

@@ -20,10 +20,10 @@ def tensor_problems(config: RunConfig) -> Iterator[str]:
     spec = model_spec(dataclasses.replace(config.model, vocab_size=size))
     pads = optimizers.get(config.optimizer.name).pads
     yield from parts_problems(spec, parallel.tensor, pads)
-    if parallel.shard > 1:
+    if parallel.checkpoint == "parts":
         yield (
-            "--parallel.tensor with --parallel.shard: the parts of a block are not split once "
-            "more; say --parallel.data"
+            "--parallel.tensor with --parallel.checkpoint parts: parts of a map would be written "
+            "as the whole of it; say --parallel.checkpoint whole"
         )
     if train.compile:
         yield (

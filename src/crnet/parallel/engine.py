@@ -3,8 +3,8 @@
     data     a copy of the model on every process, gradients added up (DistributedDataParallel)
     shard    weights, gradients and state split over the processes, block by block (fully_shard)
     both     copies that are split: a mesh of two dimensions
-    pipeline some of the blocks on every process (``parallel.pipeline``)
-    tensor   every block in parts (``model.tensor_parallel``); copies of that with data
+    pipeline some of the blocks on every process (``parallel.pipeline``); copied, or split
+    tensor   every block in parts (``model.tensor_parallel``); copied, or split
 
 Gradients are added up and never averaged: the loss of every row is divided by the target tokens of
 the whole batch, wherever it is computed. So the step is the same however the batch is shared.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class Engine:
         one sum for all of them."""
         if not self._summed:
             return
-        gradients = [each.grad for each in self._summed if each.grad is not None]
+        gradients = [_local(each.grad) for each in self._summed if each.grad is not None]
         flat = added_up(torch.cat([each.flatten() for each in gradients]), self.world.parts)
         found = flat.split([each.numel() for each in gradients])
         for gradient, value in zip(gradients, found, strict=True):
@@ -97,8 +97,8 @@ class Engine:
         """
         if not self._parted:
             return whole(_norm(parameters))
-        parts = _norm([each for each in parameters if each in self._parted])
-        rest = _norm([each for each in parameters if each not in self._parted])
+        parts = whole(_norm([each for each in parameters if each in self._parted]))
+        rest = whole(_norm([each for each in parameters if each not in self._parted]))
         return (added_up(parts.square(), self.world.parts) + rest.square()).sqrt()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,6 +126,11 @@ def _norm(parameters: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients)
 
 
+def _local(gradient: Any) -> Tensor:
+    """What this process has of a gradient."""
+    return gradient.to_local() if is_split(gradient) else gradient
+
+
 def copies(model: nn.Module, world: World) -> nn.Module:
     """DistributedDataParallel that adds gradients up."""
     from torch.nn.parallel import DistributedDataParallel
@@ -146,15 +151,15 @@ def copies(model: nn.Module, world: World) -> nn.Module:
     return wrapped
 
 
-def split(model: LanguageModel, world: World) -> None:
-    """Split a laid out model over processes: each block is gathered for itself, when it runs."""
+def split(modules: Iterable[nn.Module], world: World) -> None:
+    """Split modules over processes, inner ones first: each is gathered for itself, when it runs."""
     from torch.distributed.fsdp import fully_shard
 
     # What a block returns may be a view, and nobody changes it in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = world.mesh["data", "shard"] if world.parallel.data > 1 else world.mesh["shard"]
-    for part in (*model.sharded_parts(), model):
-        sharded: Any = fully_shard(part, mesh=mesh)
+    for module in modules:
+        sharded: Any = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 
@@ -166,6 +171,6 @@ def lay_out_shared(spec: ModelSpec, world: World) -> LanguageModel:
     model = lay_out(spec)
     if spec.num_parts > 1:
         join(model, world.parts)
-    if world.parallel.shard > 1:
-        split(model, world)
+    if world.parallel.shard > 1 and world.parallel.pipeline == 1:
+        split([*model.sharded_parts(), model], world)
     return model

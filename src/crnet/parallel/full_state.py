@@ -1,4 +1,4 @@
-"""Weights and optimizer state as whole tensors, where a model is split over ranks (FSDP2).
+"""Optimizer state as whole tensors, where a model is split over ranks (FSDP2).
 
 A checkpoint looks the same whatever the number of ranks that wrote it, so that any other number can
 go on from it. The optimizer's state is gathered tensor by tensor, not by
@@ -14,31 +14,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from crnet import optimizers
 from crnet.parallel.owners import Owned, has_state, owner_of
 from crnet.parallel.whole import is_split, split_like
+from crnet.parallel.world import World
 
 
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter whole, by name, on the CPU of rank 0; nothing on other ranks."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def full_optimizer_state(optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with whole tensors, on the CPU of the ``keeper``; empty on other
+    ranks.
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found: dict[str, Any] = get_model_state_dict(model, options=options)
-    # A tied head is in a state dict, and is no parameter of its own.
-    return {name: found[name] for name, _ in model.named_parameters() if name in found}
-
-
-def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """``optimizer.state_dict()`` with whole tensors, on the CPU of rank 0; empty on other ranks.
-
-    It is that of one process: what one rank alone has the state of is brought to rank 0, a
+    It is that of one process: what one rank alone has the state of is brought to the keeper, a
     tensor at a time.
     """
-    keeps = dist.get_rank() == 0
+    keeper = world.keeper
+    keeps = dist.get_rank() == keeper
 
     def whole(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -54,27 +47,28 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     for index, parameter in enumerate(_parameters(optimizer)):  # as torch numbers them
         state = found["state"].get(index)
         if isinstance(optimizer, Owned):
-            state = _from_owner(optimizer, parameter, state)
+            state = _from_owner(optimizer, parameter, state, keeper)
         if state:
             states[index] = whole(state)
     return {**found, "state": states} if keeps else {}
 
 
-def _from_owner(optimizer: Owned, parameter: Tensor, state: Any) -> Any:
-    """On rank 0 the state of a tensor that has an owner, None elsewhere; ``state`` of another."""
+def _from_owner(optimizer: Owned, parameter: Tensor, state: Any, keeper: int) -> Any:
+    """On the keeper the state of a tensor that has an owner, None elsewhere; ``state`` of one that
+    has none."""
     owner, group = optimizer.owner_of(parameter), optimizer.group
     if owner is None:
         return state
     ranks = dist.get_process_group_ranks(group)
     source, rank = ranks[owner], dist.get_rank()
-    if 0 not in ranks:  # another copy has the same
+    if keeper not in ranks:  # another copy has the same
         return None
-    if source == 0:
-        return state if rank == 0 else None
+    if source == keeper:
+        return state if rank == keeper else None
     box: list[Any] = [None]
     if rank == source:
-        dist.send_object_list([_on_cpu(state)], dst=0, group=group)
-    elif rank == 0:
+        dist.send_object_list([_on_cpu(state)], dst=keeper, group=group)
+    elif rank == keeper:
         dist.recv_object_list(box, src=source, group=group)
     return box[0]
 

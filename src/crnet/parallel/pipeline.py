@@ -32,8 +32,8 @@ from crnet.cost.micro_batch import MicroBatch
 from crnet.cost.stages import AT_THE_END, Crossing, Stage, boundary, cut, held
 from crnet.kernels.loss import IGNORED, linear_cross_entropy
 from crnet.layers.block import Carries, State, run_blocks
-from crnet.model.language_model import Around, LanguageModel, plainly
-from crnet.parallel.engine import Engine, TokensAndTargets, copies, lay_out_shared
+from crnet.model.language_model import LanguageModel
+from crnet.parallel.engine import Engine, TokensAndTargets, copies, lay_out_shared, split
 from crnet.parallel.world import World
 from crnet.recompute.engine import Recomputation
 from crnet.recompute.plan import within
@@ -64,6 +64,8 @@ def lay_out_part(spec: ModelSpec, world: World, length: int) -> LanguageModel:
             del model.model._modules[name]
     if not has_last:
         del model._modules["lm_head"]
+    if world.parallel.shard > 1:  # what is around the blocks: with its stage (``PipelineEngine``)
+        split(model.sharded_parts(), world)
     model.spec = dataclasses.replace(spec, held=held(spec, stages))
     return model
 
@@ -172,14 +174,15 @@ class PipelineEngine(Engine):
 
     def __init__(self, model: LanguageModel, world: World, micro_batch: MicroBatch):
         """``micro_batch``: of this run."""
-        self.model, self.world, self.is_split = model, world, False
+        self.model, self.world, self.is_split = model, world, world.parallel.shard > 1
         self.micro_batch = micro_batch
         spec = model.spec.whole()
         self.stages = stages_of(spec, world, micro_batch.length)
         self.parts = [_Part(model, stage, micro_batch) for stage in self.stages]
-        self._called: list[Any] = [
-            copies(part, world) if world.parallel.data > 1 else part for part in self.parts
-        ]
+        if self.is_split:  # torch's schedules add gradients up over processes after the last one
+            split(self.parts, world)
+        copied = world.parallel.data > 1 and not self.is_split
+        self._called: list[Any] = [copies(each, world) if copied else each for each in self.parts]
         self._schedule: tuple[Any, Any] = (None, None)
         self._num_tokens, self._sums = 1, []
 
@@ -205,7 +208,8 @@ class PipelineEngine(Engine):
         schedule = self._scheduled(len(micro_batches), sequences, length, tokens.device)
         args = (tokens,) if self.stages[0].is_first else ()
         last = {"target": targets, "targets": targets} if self.stages[-1].is_last else {}
-        with self.model.fixed_weights():
+        fixed = contextlib.nullcontext() if self.is_split else self.model.fixed_weights()
+        with fixed:
             schedule.step(*args, **last, return_outputs=False)
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
         for each in self._sums:
@@ -231,9 +235,6 @@ class PipelineEngine(Engine):
         squared = super().norm(parameters).double().square()
         dist.all_reduce(squared, group=self.world.pipe)
         return squared.sqrt().float()
-
-    def around_events(self) -> Around:
-        return plainly
 
     def _scheduled(self, number: int, sequences: int, length: int, device: torch.device) -> Any:
         key = (number, sequences, length)

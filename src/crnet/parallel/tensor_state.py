@@ -1,7 +1,9 @@
-"""Whole weights and optimizer state of a model that processes compute in parts (tensor parallel).
+"""Whole weights of a model that processes have in parts (tensor parallel, FSDP2, both), and the
+optimizer's state where they compute in parts.
 
 A checkpoint looks the same whatever the number of processes that wrote it (``full_state`` does it
-for FSDP2). Every process calls these functions; each is a collective of the tensor group.
+for the state under FSDP2 alone). Every process calls these functions; each is a collective of those
+that have parts of the same.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import distributed as dist
 from crnet.config.model_spec import ModelSpec
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import reshaped_state
+from crnet.parallel.whole import whole
 from crnet.parallel.world import World
 
 
@@ -25,9 +28,9 @@ def whole_weights(model: LanguageModel, world: World) -> dict[str, Tensor]:
     a time."""
     found, keeps = {}, _keeps(world)
     for name, parameter in model.named_parameters():
-        whole = _whole(parameter.detach(), name, model.spec, world)
+        value = _whole(parameter.detach(), name, model.spec, world)
         if keeps:
-            found[name] = whole.cpu()
+            found[name] = value.cpu()
     return found
 
 
@@ -40,8 +43,8 @@ def whole_state(state: Mapping[str, Any], spec: ModelSpec, world: World) -> dict
     keeps = _keeps(world)
 
     def gather(value: Tensor, name: str) -> Tensor | None:
-        whole = _whole(value, name, spec, world)
-        return whole.cpu() if keeps else None
+        found = _whole(value, name, spec, world)
+        return found.cpu() if keeps else None
 
     found = reshaped_state(state, spec.stored_shapes, gather)
     return found if keeps else {}
@@ -52,7 +55,7 @@ def _keeps(world: World) -> bool:
 
 
 def _whole(value: Tensor, name: str, spec: ModelSpec, world: World) -> Tensor:
-    dim = spec.split_dims.get(name)
+    value, dim = whole(value), spec.split_dims.get(name)
     if dim is None:
         return value
     value = value.contiguous()

@@ -69,6 +69,12 @@ class World:
             return 0, 1
         return dist.get_rank(self.parts), dist.get_world_size(self.parts)
 
+    @property
+    def keeper(self) -> int:
+        """Rank of the process that gathers what those that compute other rows have of the same part
+        of the model: the first of them."""
+        return 0 if self.mesh is None else dist.get_global_rank(self.rows, 0)
+
     def sum(self, value: Tensor) -> Tensor:
         """Add ``value`` up over the shares of the batch, in place."""
         if self.mesh is not None:

@@ -23,7 +23,6 @@ from crnet.model.padding import cut, cut_state, pad_state
 from crnet.model.tensor_parallel import part_state
 from crnet.parallel.full_state import (
     full_optimizer_state,
-    full_weights,
     load_full_optimizer_state,
 )
 from crnet.parallel.stage_state import own_state, state_of_stages, weights_of_stages
@@ -167,10 +166,8 @@ def all_weights(model: LanguageModel, world: World = ALONE) -> dict[str, Tensor]
 
     Split over ranks, or in stages: on the CPU of rank 0, and on other ranks nothing that counts.
     """
-    if model.spec.num_parts > 1:
+    if model.spec.num_parts > 1 or _any_split(model.parameters()):
         found = whole_weights(model, world)
-    elif _any_split(model.parameters()):
-        found = full_weights(model)
     else:
         found = dict(model.named_parameters())
     declared = model.spec.tensors
@@ -187,9 +184,12 @@ def snapshot(
     that the parameters are on, and of no other: asking one makes a context there.
     """
     parameters = _parameters(optimizer)
-    found = full_optimizer_state(optimizer) if _any_split(parameters) else optimizer.state_dict()
     if spec.num_parts > 1:
-        found = whole_state(found, spec, world)
+        found = whole_state(optimizer.state_dict(), spec, world)
+    elif _any_split(parameters):
+        found = full_optimizer_state(optimizer, world)
+    else:
+        found = optimizer.state_dict()
     found = state_of_stages(cut_state(found, spec), spec.whole(), world)
     return {"optimizer": found, **random_states(parameters[0].device)}
 

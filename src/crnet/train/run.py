@@ -290,7 +290,7 @@ def make_step(
         step.run_events(0)
     else:
         try:
-            if saved.in_parts and step.engine.is_split and spec.width_multiple == 1:
+            if saved.in_parts and _reads_parts(step.engine, spec):
                 state = saved.state_without_parts()
                 put_together(step.optimizer, saved, state["optimizer"])
                 set_random_states(state, device)
@@ -304,6 +304,12 @@ def make_step(
                 "restore the file, or remove the checkpoint to go on from the one before it"
             ) from error
     return step
+
+
+def _reads_parts(engine: Engine, spec: ModelSpec) -> bool:
+    """Whether a process's state is made of what lies in parts, none of it whole."""
+    parallel = engine.world.parallel
+    return engine.is_split and spec.width_multiple == parallel.pipeline == parallel.tensor == 1
 
 
 def make_engine(
