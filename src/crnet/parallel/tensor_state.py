@@ -51,7 +51,7 @@ def whole_state(state: Mapping[str, Any], spec: ModelSpec, world: World) -> dict
 
 
 def _keeps(world: World) -> bool:
-    return world.part[0] == world.share[0] == 0
+    return world.part[0] == 0 and dist.get_rank() == world.keeper
 
 
 def _whole(value: Tensor, name: str, spec: ModelSpec, world: World) -> Tensor:
