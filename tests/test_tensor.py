@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 from crnet.config import presets
 from crnet.config.check import check
-from crnet.config.model_spec import ModelSpec, model_spec
+from crnet.config.model_spec import model_spec
 from crnet.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
 from crnet.config.serialize import override, to_dict
 from crnet.cost.hardware import communication_bytes, tensor_bytes
@@ -60,6 +61,13 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
     "cola": {"model": {"linear": "cola"}},
     "resformer": {"model": {"linear": "resformer"}},
     "value-resformer": {"model": {"linear": "value-resformer"}},
+    "lora": {"model": {"linear": "lora"}},
+    "lora, odd": {"model": {"linear": "lora", "intermediate_size": 49}},
+    "lora, block": {"model": {"linear": "lora"}, "train": {"recompute": "block"}},
+    "lora, replay": {
+        "model": {"linear": "lora"},
+        "train": {"recompute": "replay", "micro_batch_size": 2},
+    },
     "grouped": {"model": {"num_heads": 4, "num_kv_heads": 2}},
     "odd width": {"model": {"intermediate_size": 49}},
     "gpt2": {"model": {"architecture": "gpt2"}},
@@ -73,7 +81,17 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
     "invert": {"train": {"recompute": "invert"}},
 }
 """What is trained, by what differs from ``BASE``."""
-SPLIT = ("crnet", "full", "odd width", "accumulated", "bf16-mixed", "block", "replay", "invert")
+SPLIT = (
+    "crnet",
+    "full",
+    "lora",
+    "odd width",
+    "accumulated",
+    "bf16-mixed",
+    "block",
+    "replay",
+    "invert",
+)
 """What is trained where processes split each part once more."""
 CLOSE = {"bf16-mixed": 2e-3}
 """Relative difference of a loss that counts as rounding, where it is not 2e-5: products in bf16
@@ -234,17 +252,16 @@ def test_parts_are_split_once_more(what: str, copies: Path, alone: Path, corpus:
     work = workload(training.work_of_one(config, torch.device("cpu")))
     summed = tensor_bytes(work)
     for rank in seen:
-        # A gain's one item is summed where it is: by the first of those that split it.
-        assert summed - 4 * num_gains(work.spec) <= sum(rank["sums"]) <= summed
+        # What is summed once a step lies split: half of it, and of a gain's one item all or none.
+        once = [work.spec.tensors[name].num_items for name in work.spec.in_parts(0, 2).summed]
+        least, most = (sum(4 * size(items / 2) for items in once) for size in (floor, ceil))
+        others = summed - 4 * sum(once)
+        assert others + least <= sum(rank["sums"]) <= others + most
         assert rank["loss"] == seen[0]["loss"]
         assert rank["whole weights"] == seen[0]["whole weights"]
     held = [rank["held"] for rank in seen]
     spec = work.spec.in_parts(0, 2)
     assert sum(held) == 2 * 4 * sum(math.prod(each) for each in spec.stored_shapes.values())
-
-
-def num_gains(spec: ModelSpec) -> int:
-    return sum(name.endswith("beta") for name in spec.tensors)
 
 
 def sums(shared: Path, what: str) -> list[int]:
@@ -321,8 +338,8 @@ def test_parts_make_the_whole() -> None:
         ({"train": {"compile": True}}, "leave one of them out"),
         ({"train": {"precision": "bf16"}}, "bf16-mixed"),
         ({"optimizer": {"name": "muon"}}, "needs whole matrices"),
-        ({"model": {"linear": "lora"}}, "--parallel.tensor with lora: it .*; say --parallel.data"),
-        ({"model": {"linear": "sltrain"}}, "with sltrain"),
+        ({"model": {"linear": "relora"}}, "with relora: its merges .*; say --parallel.data"),
+        ({"model": {"linear": "sltrain"}}, "with sltrain: its sparse items"),
         ({"model": {"linear": "lax"}}, "with lax"),
     ],
 )

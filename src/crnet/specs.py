@@ -118,8 +118,8 @@ class Split:
     """What is added up. Split by columns, a gradient: of the input, once for all maps that read
     it, or of the bottleneck. Split by rows, the output or the bottleneck."""
     summed: tuple[str, ...] = ()
-    """Tensors that act on the output and that every process has whole: where a map is split by
-    columns, their gradients are summands too."""
+    """Tensors whose gradients are summands too, on processes that have them whole: where a map is
+    split by columns, or added up at the edge."""
 
 
 @dataclass(frozen=True)

@@ -153,13 +153,15 @@ class ModelSpec:
     @cached_property
     def summed(self) -> tuple[str, ...]:
         """Full names of tensors that every process has whole, and a part of their gradients."""
-        return tuple(
-            f"{self.map_name(slot)}.{name}"
-            for block in self.slots
-            for slot in block
-            if self.num_parts > 1 and self.position_of[slot.position].split == "columns"
-            for name in self.split_of(slot).summed
-        )
+        if self.num_parts == 1:
+            return ()
+        return tuple(name for block in self.slots for slot in block for name in self._summed(slot))
+
+    def _summed(self, slot: Slot) -> list[str]:
+        split, side = self.split_of(slot), self.position_of[slot.position].split
+        names = [f"{self.map_name(slot)}.{name}" for name in split.summed]
+        are_summands = side == "columns" or split.at == "edge"
+        return [name for name in names if are_summands and name not in self.split_dims]
 
     @cached_property
     def stored_slots(self) -> tuple[tuple[Slot, ...], ...]:

@@ -21,7 +21,7 @@ from crnet.linears._declarations import (
     factor_products,
     pair,
 )
-from crnet.specs import Product, Slot, TensorSpec, Work, constant, in_each_way, uniform
+from crnet.specs import Product, Slot, Split, TensorSpec, Work, constant, in_each_way, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,10 @@ class LoRA(Parameterization):
             backward_passes=in_each_way(2 * scaled * item_bytes, 2),
         )
 
+    def split(self, slot: Slot, options: LoRAOptions) -> Split | str:
+        """W0 wants a sum at the edge, and that has the update's in it."""
+        return Split("edge", ("A", "B"))
+
     def make(self, slot: Slot, options: LoRAOptions):
         from crnet.linears.lora.module import LoRAMap
 
@@ -116,6 +120,9 @@ class ReLoRA(LoRA):
     def events(self, step: int, options: ReLoRAOptions) -> tuple[str, ...]:
         clocks = {"merge": options.merge_every, "reset": options.reset_every}
         return tuple(name for name, every in clocks.items() if step and step % every == 0)
+
+    def split(self, slot: Slot, options: ReLoRAOptions) -> Split | str:
+        return "its merges and resets want whole tensors"
 
     def make(self, slot: Slot, options: ReLoRAOptions):
         from crnet.linears.lora.module import ReLoRAMap

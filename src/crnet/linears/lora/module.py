@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from crnet.kernels.carried import rows, unrows
+from crnet.kernels.partial import left
 from crnet.kernels.precision import cast
 from crnet.linears._maps import LinearMap
 from crnet.specs import Forget
@@ -24,7 +25,7 @@ class LoRAMap(LinearMap):
     """``y = x W0^T + scale (x A) B``; ``weight`` W0 (F, D), frozen, A (D, R), B (R, F).
 
     The output does not follow from ``x A`` alone, and the graph keeps ``x A`` too: the bottleneck
-    is both, side by side.
+    is both, side by side. Of a map in parts, split by rows, ``x A`` is one process's summand.
     """
 
     comes_apart = True
@@ -41,11 +42,15 @@ class LoRAMap(LinearMap):
         z_MR = rows(known[0][..., self.B.shape[1] :]).contiguous() if known else None
         y_BTF = known and known[1]
         output = _LoRA.apply(x, weight_FD, a_DR, b_RF, self.scale, z_MR, y_BTF)
+        if self.sums and not known:
+            output = left(output, self.sums.group)
         return output, output
 
     def down_project(self, x_BTD, carry):
         x, weight_FD, a_DR, b_RF = self._cast(x_BTD)
         z_MR, y_MF = _products(rows(x), weight_FD, a_DR, b_RF, self.scale)
+        if self.sums:
+            y_MF = self.sums.forward(y_MF)
         return torch.cat((y_MF, z_MR), -1).view(*x.shape[:-1], -1)
 
     def up_project(self, bottleneck, carry):

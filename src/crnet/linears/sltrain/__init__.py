@@ -63,6 +63,9 @@ class SLTrain(Parameterization):
             "index": TensorSpec(size, "index", OWN, trained=False, dtype="int32"),
         }
 
+    def split(self, slot: Slot, options: SLTrainOptions) -> str:
+        return "its sparse items are drawn and kept for a whole matrix"
+
     def work(self, slot: Slot, options: SLTrainOptions, rows: int, item_bytes: int) -> Work:
         """Forward: the matrix is built, then read; backward: built, read, its gradient, and the
         gradients of both factors from that."""
