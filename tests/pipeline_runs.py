@@ -1,8 +1,8 @@
-"""What the processes of ``test_pipeline.py`` do: one start, run after run.
+"""What the processes of ``test_pipeline.py`` do.
 
     torchrun ... pipeline_runs.py FOLDER
 
-As ``parallel_runs.py``. Beside what a process sees of a run, FOLDER/NAME.RANK.json has what its
+As ``shared_runs.py`` says. Beside what a process sees of a run, FOLDER/NAME.RANK.json has what its
 part of the model holds, what it sent to other stages, and how many micro-batches waited at most; a
 run whose name is in ``FAULTS`` is made with that mistake.
 """
@@ -10,24 +10,18 @@ run whose name is in ``FAULTS`` is made with that mistake.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sys
-import traceback
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.distributed.pipelining import PipelineStage
 
-from crnet.config.serialize import from_dict
-from crnet.errors import ConfigError
 from crnet.parallel import pipeline
 from crnet.parallel.whole import is_split
 from crnet.train import run as training
+from shared_runs import Seen, train_all
 
 
 def swapped(crossing: Any) -> list[tuple[str, str]]:
@@ -74,9 +68,9 @@ FAULTS = {
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[dict[str, Any]]:
+def watched(name: str) -> Iterator[Seen]:
     """What a run's model holds and sends."""
-    seen: dict[str, Any] = {"sent": defaultdict(int), "waiting": defaultdict(int), "scattered": 0}
+    seen: Seen = {"sent": defaultdict(int), "waiting": defaultdict(int), "scattered": 0}
     scattered = torch.distributed.reduce_scatter_single
     made, computed = training.make_engine, PipelineStage.forward_one_chunk
     forward, backward = PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops
@@ -111,6 +105,7 @@ def watched() -> Iterator[dict[str, Any]]:
         return ops
 
     with (
+        mock.patch.object(*FAULTS[name]) if name in FAULTS else contextlib.nullcontext(),
         mock.patch.object(training, "plot_losses"),  # a third of the time
         mock.patch.object(training, "make_engine", make),
         mock.patch.object(torch.distributed, "reduce_scatter_single", scatter),
@@ -121,29 +116,5 @@ def watched() -> Iterator[dict[str, Any]]:
         yield seen
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-    for each in json.loads((folder / "runs.json").read_text()):
-        name, config = each["name"], from_dict(each["config"])
-        fault = mock.patch.object(*FAULTS[name]) if name in FAULTS else contextlib.nullcontext()
-        with fault, watched() as seen:
-            try:
-                result = training.run(
-                    config, folder / each["into"], resume=each["resume"], progress=False
-                )
-            except ConfigError as error:
-                seen["refused"] = error.problems
-            except Exception:
-                traceback.print_exc()
-                raise
-            else:
-                after = result.after
-                seen["told"] = [result.step, result.tokens, after and after.loss]
-        (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    train_all(watched)

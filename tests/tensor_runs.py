@@ -1,31 +1,25 @@
-"""What the processes of ``test_tensor.py`` do: one start, run after run.
+"""What the processes of ``test_tensor.py`` do.
 
     torchrun ... tensor_runs.py FOLDER
 
-FOLDER/runs.json lists the runs: name, configuration, whether it goes on. Each is trained into
-FOLDER/NAME by all processes together; what a process sees of it is in FOLDER/NAME.RANK.json: among
-it the bytes of every sum over processes that compute a block in parts, in the last step, a hash of
-the weights that each of them has whole, and the bytes of those that it has.
+As ``shared_runs.py`` says; what a process sees of a run has also the bytes of every sum over
+processes that compute a block in parts, in the last step, a hash of the weights that each of them
+has whole, and the bytes of those that it has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
-import os
-import sys
-import traceback
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from crnet.config.serialize import from_dict
-from crnet.errors import ConfigError
 from crnet.parallel.whole import is_split, whole
-from crnet.train import run as training
 from crnet.train.step import Step
+from shared_runs import Seen, train_all
 
 SUMS: list[int] = []
 """Bytes of each sum of the step that is under way, or was the last one."""
@@ -72,27 +66,14 @@ def held_bytes() -> int:
     return sum((it.to_local() if is_split(it) else it).nbytes for it in parameters)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    count_sums()
-    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-    for each in json.loads((folder / "runs.json").read_text()):
-        name, config = each["name"], from_dict(each["config"])
-        try:
-            result = training.run(config, folder / name, resume=each["resume"], progress=False)
-        except ConfigError as error:
-            seen: dict[str, Any] = {"refused": error.problems}
-        except Exception:
-            traceback.print_exc()
-            raise
-        else:
-            after = result.after
-            seen = {"step": result.step, "loss": after and after.loss, "sums": [*SUMS]}
-            seen |= {"whole weights": hash_of_whole_weights(), "held": HELD[0]}
-        (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+@contextlib.contextmanager
+def watched(_: str) -> Iterator[Seen]:
+    seen: Seen = {}
+    yield seen
+    if "told" in seen:
+        seen |= {"sums": [*SUMS], "whole weights": hash_of_whole_weights(), "held": HELD[0]}
 
 
 if __name__ == "__main__":
-    main()
+    count_sums()
+    train_all(watched)

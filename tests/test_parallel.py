@@ -234,7 +234,7 @@ def test_every_process_tells_the_same(layout: str, what: str, folders: Folders) 
     size = num_processes(ParallelConfig(**LAYOUTS[layout]))
     seen = seen_by(size, folder, f"{layout}, {what}")
     assert seen == seen[:1] * size
-    assert seen[0]["step"] == STEPS
+    assert seen[0]["told"][0] == STEPS
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Runs whose blocks are spread over two and four processes, over gloo on the CPU, against one.
 
-The processes of a world size are started once (``parallel_runs.py``) and train everything in
+The processes of a world size are started once (``pipeline_runs.py``) and train everything in
 ``RUNS``; the tests read what was written. Within a pipeline every row is computed as by one
 process, and micro-batches are added in the same order: figures agree to the rounding of the sums
 of a gradient norm, which has another order.

@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from math import ceil, floor
 from pathlib import Path
@@ -21,38 +19,25 @@ from typing import Any
 import pytest
 import torch
 
+import test_parallel as parallel_tests
 from crnet.config import presets
 from crnet.config.check import check
 from crnet.config.model_spec import model_spec
-from crnet.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
-from crnet.config.serialize import override, to_dict
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import override
 from crnet.cost.hardware import communication_bytes, tensor_bytes
 from crnet.cost.workload import workload
 from crnet.errors import ConfigError
 from crnet.model.tensor_parallel import part, stored
 from crnet.storage import checkpoint, metrics
 from crnet.train import run as training
+from test_parallel import Run, losses
 
 STEPS = 4
-BASE = RunConfig(
-    model=ModelConfig(hidden_size=32, intermediate_size=48, num_layers=3, num_heads=2, rank="8"),
-    data=DataConfig(
-        documents="paragraph",
-        vocab_size=300,
-        sequence_length=16,
-        validation_tokens=400,
-        rows="document",
-    ),
-    train=TrainConfig(
-        steps=STEPS,
-        batch_size=4,
-        threads=1,
-        device="cpu",
-        log_every_steps=1,
-        eval_every_steps=0,
-        save_every_steps=0,
-        keep_checkpoints=0,
-    ),
+BASE = override(
+    parallel_tests.BASE,
+    data={"validation_tokens": 400},
+    train={"steps": STEPS, "batch_size": 4, "eval_every_steps": 0, "save_every_steps": 0},
 )
 WHAT: dict[str, dict[str, dict[str, Any]]] = {
     "crnet": {"train": {"save_every_steps": 1}},
@@ -110,19 +95,8 @@ def configured(corpus: Path, what: str, **parallel: int) -> RunConfig:
 
 def launch(size: int, folder: Path, runs: dict[str, RunConfig]) -> None:
     """Train each run into the folder of its name; it goes on where there is one."""
-    folder.mkdir(exist_ok=True)
-    listed = [
-        {"name": name, "config": to_dict(config), "resume": (folder / name).exists()}
-        for name, config in runs.items()
-    ]
-    (folder / "runs.json").write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(size), str(Path(__file__).with_name("tensor_runs.py"))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(folder)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[:4000]
+    listed = [Run(name, it, name, (folder / name).exists()) for name, it in runs.items()]
+    parallel_tests.launch(size, folder, listed, "tensor_runs.py")
 
 
 def copy_until(source: Path, step: int, into: Path) -> None:
@@ -181,11 +155,6 @@ def copies(
     return folder
 
 
-def losses(folder: Path) -> list[float]:
-    rows = metrics.read(folder / "metrics.jsonl")
-    return [row.get("loss", row.get("val_loss")) for row in rows]
-
-
 def norms(folder: Path) -> list[float]:
     return [
         row["grad_norm"] for row in metrics.read(folder / "metrics.jsonl") if "grad_norm" in row
@@ -226,7 +195,7 @@ def test_every_process_tells_the_same(what: str, shared: Path) -> None:
     """Losses, sums, and the weights that each of them has whole, to the bit."""
     seen = [json.loads((shared / f"{what}.{rank}.json").read_text()) for rank in range(2)]
     assert seen[0] == seen[1]
-    assert seen[0]["step"] == STEPS
+    assert seen[0]["told"][0] == STEPS
 
 
 @pytest.mark.parametrize("what", ["accumulated"])
@@ -257,7 +226,7 @@ def test_parts_are_split_once_more(what: str, copies: Path, alone: Path, corpus:
         least, most = (sum(4 * size(items / 2) for items in once) for size in (floor, ceil))
         others = summed - 4 * sum(once)
         assert others + least <= sum(rank["sums"]) <= others + most
-        assert rank["loss"] == seen[0]["loss"]
+        assert rank["told"] == seen[0]["told"]
         assert rank["whole weights"] == seen[0]["whole weights"]
     held = [rank["held"] for rank in seen]
     spec = work.spec.in_parts(0, 2)
