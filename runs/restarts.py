@@ -5,8 +5,9 @@
 
 A block in ``--model.crnet.restarts`` is full rank and reads nothing of the one below, which is what
 a stage of a pipeline wants as its first. Two stages have one in the middle, four have three. A
-restart has more parameters than the block it stands for: ``raised rank`` has no restart, and ranks
-that give it the parameters of the one in the middle, to within half a block's step.
+restart has more parameters than the block it stands for. So ``raised rank`` and ``raised
+more`` have none, and ranks that give them as many as ``middle`` and ``quarters``, to within half a
+step of one block's rank.
 
 The corpus is the default one, or the arXiv abstracts. All runs have one learning rate, the
 default's, and by seed the same rows in the same order. Writes OUT/restarts.json and prints the
@@ -18,7 +19,6 @@ JSON restarts: date, code, device, corpus, words, models, runs.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,8 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 192, "num_layers": 8, "num_head
 QUICK_SHAPE = sweep.QUICK_SHAPE | {"num_layers": 8}
 STAGES = {"no restart": 1, "middle": 2, "quarters": 4}
 """By model, the stages that its restarts are for."""
-RAISED = "raised rank"
+RAISED = {"raised rank": "middle", "raised more": "quarters"}
+"""Without restarts, at the ranks that give as many parameters as another model has."""
 SEEDS = (0, 1)
 ROWS, LENGTH = 16, 128
 COMMON = (
@@ -54,15 +55,15 @@ DOCUMENTS = ["--data.max-documents", "10000"]
 def models(shape: Mapping[str, int], rank: int) -> dict[str, ModelConfig]:
     """What is compared, by name."""
     found = {name: model(shape, str(rank), stages) for name, stages in STAGES.items()}
-    wanted = block_parameters(found["middle"])
-    return found | {RAISED: model(shape, raised(shape, rank, wanted))}
+    wanted = {name: block_parameters(found[other]) for name, other in RAISED.items()}
+    return found | {name: model(shape, raised(shape, rank, each)) for name, each in wanted.items()}
 
 
 def model(shape: Mapping[str, int], rank: str, stages: int = 1) -> ModelConfig:
     """A CR-Net in which every stage but the first begins with a restart."""
     starts = [shape["num_layers"] * idx // stages + 1 for idx in range(1, stages)]
     options = CRNetOptions(restarts=",".join(map(str, starts)) or None)
-    return ModelConfig(linear="crnet", rank=rank, vocab_size=1024, crnet=options, **shape)
+    return ModelConfig(linear="crnet", rank=rank, vocab_size=1, crnet=options, **shape)
 
 
 def raised(shape: Mapping[str, int], rank: int, wanted: int) -> str:
@@ -101,7 +102,6 @@ def described(compared: Mapping[str, ModelConfig]) -> dict[str, dict[str, Any]]:
             "restarts": config.crnet.restarts,
             "rank": config.rank,
             "block_parameters": block_parameters(config),
-            "parameters": asked(config).num_parameters(),
             "flops_frac": blocks_flops(config) / plain,
         }
         for name, config in compared.items()
@@ -169,7 +169,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "code": describe_code(),
         "device": describe_device(torch.device("cpu")),
-        "corpus": "arXiv abstracts" if given.abstracts else "this folder" if given.quick else "default",
+        "corpus": "arXiv abstracts" if given.abstracts else named or "default",
         "words": common,
         "models": described(compared),
         "runs": sweep.run_all(specs, given.out, given.jobs),
