@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, plugin_words, print_json
 from crnet.cli.layering import DEFAULTS, Settings
+from crnet.config.sections import RunConfig
 from crnet.config.serialize import command_line, to_dict
 from crnet.errors import ConfigError
 
 if TYPE_CHECKING:
+    from crnet.cost.layout_choice import Choice
     from crnet.cost.rank_search import Found
 
 
@@ -25,11 +28,16 @@ def plan(
     like: str | None = None,
     profile: str = "uniform",
     multiple: int = 1,
+    devices: str | None = None,
+    node: int = 8,
+    network_gbps: float | None = None,
     config: ConfigFiles = (),
     as_json: Json = False,
     settings: Settings = DEFAULTS,
 ) -> None:
-    """Find the largest ranks within a budget, explain the choice, print the command that trains it.
+    """Find the largest ranks within a budget, or the fastest layout on devices, or both.
+
+    It explains the choice and prints the command that trains it.
 
     Parameters
     ----------
@@ -51,20 +59,40 @@ def plan(
         (1x7,1.5x8,1x8); /k=0.5 behind it weighs a position.
     multiple
         Divides every rank; 16, 32 or 64 suit hardware.
+    devices
+        How many and which, as 64xh100: finds --parallel.*, and in place of the preset's the
+        micro-batch, recomputation and compilation, unless they are given.
+    node
+        Devices in a machine.
+    network_gbps
+        Gb/s between machines, of each device; none: 400 for h100 and h200, 200 for a100, else 100.
     """
+    run_config, limits = settings.of(preset), (parameters, state_gib, memory_gib, flops_frac, like)
+    found = None
+    if devices is None or any(limit is not None for limit in limits):
+        found = _ranks(run_config, limits, profile, multiple)
+        run_config = found.config
+    if devices is None:
+        assert found is not None
+        _show(found, as_json)
+        return
+    from crnet.cost.fleet import parse_fleet
+    from crnet.cost.layout_choice import choose
+
+    choice = choose(run_config, parse_fleet(devices, node, network_gbps))
+    _show_choice(choice, found, as_json)
+
+
+def _ranks(config: RunConfig, limits: Sequence[Any], profile: str, multiple: int) -> Found:
+    """``limits``: in the order of ``Budget``'s fields."""
     from crnet.cost import rank_search
+
+    parameters, *others = limits
 
     if parameters is not None and not 0 < parameters < float("inf"):
         raise ConfigError(f"--parameters is {parameters}; it must be above zero and finite")
-    budget = rank_search.Budget(
-        parameters=None if parameters is None else int(parameters),
-        state_gib=state_gib,
-        memory_gib=memory_gib,
-        flops_frac=flops_frac,
-        like=like,
-    )
-    weights = rank_search.parse_profile(profile)
-    _show(rank_search.find(settings.of(preset), budget, weights, multiple), as_json)
+    budget = rank_search.Budget(None if parameters is None else int(parameters), *others)
+    return rank_search.find(config, budget, rank_search.parse_profile(profile), multiple)
 
 
 def _show(found: Found, as_json: bool) -> None:
@@ -83,6 +111,16 @@ def _show(found: Found, as_json: bool) -> None:
         "config": to_dict(found.config),
     }
     print_json(figures)
+
+
+def _show_choice(choice: Choice, found: Found | None, as_json: bool) -> None:
+    words = [*choice.command(), *plugin_words()]
+    if not as_json:
+        texts = [found.explain()] if found else []
+        print("\n\n".join([*texts, choice.explain(), shlex.join(words)]))
+        return
+    ranks = {} if found is None else {"rank": found.rank, "binding": found.binding}
+    print_json(ranks | choice.figures() | {"command": words, "config": to_dict(choice.config)})
 
 
 COMMAND = Command(plan, layers="run")
