@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,18 +173,30 @@ def choose(config: RunConfig, fleet: Fleet) -> Choice:
     found = list(space.fitting())
     if not found:
         raise ConfigError(_nothing_fits(space))
-    fastest = min(each.seconds.overlapped for each in found)
-    close = [it for it in found if it.seconds.overlapped <= (1 + CLOSE_FRAC) * fastest]
-    best = min(close, key=lambda it: it.layout.simplicity)
+    of_each = [space.price(each.layout, is_simulated=True) for each in _best_of_each(found)]
+    by_time = _best_of_each(of_each)
+    best = _simplest_of_the_fastest(by_time)
     check(space.config_of(best.layout))
-    by_time = sorted(found, key=lambda it: (it.seconds.overlapped, it.layout.simplicity))
-    of_each: dict[ParallelConfig, Priced] = {best.layout.parallel: best}
-    for each in by_time:
-        of_each.setdefault(each.layout.parallel, each)
     parallel = best.layout.parallel
     policies = dict.fromkeys(policy for policy, _ in space.ways(parallel))
     largest = {policy: space.largest(parallel, policy) or 0 for policy in policies}
-    return Choice(space, list(of_each.values())[:SHOWN], len(found), largest)
+    others = [each for each in by_time if each is not best]
+    return Choice(space, [best, *others][:SHOWN], len(found), largest)
+
+
+def _simplest_of_the_fastest(found: Sequence[Priced]) -> Priced:
+    fastest = min(each.seconds.overlapped for each in found)
+    close = [it for it in found if it.seconds.overlapped <= (1 + CLOSE_FRAC) * fastest]
+    return min(close, key=lambda it: it.layout.simplicity)
+
+
+def _best_of_each(found: Sequence[Priced]) -> list[Priced]:
+    """Of each way to share, the simplest of its fastest; the fastest way first."""
+    ways: dict[ParallelConfig, list[Priced]] = {}
+    for each in found:
+        ways.setdefault(each.layout.parallel, []).append(each)
+    best = [_simplest_of_the_fastest(each) for each in ways.values()]
+    return sorted(best, key=lambda it: (it.seconds.overlapped, it.layout.simplicity))
 
 
 def _nothing_fits(space: LayoutSpace) -> str:

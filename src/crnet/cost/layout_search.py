@@ -318,12 +318,14 @@ class LayoutSpace:
             self._known[key] = plan_of(whole, self.config_of(layout).train)
         return micro_batch, self._known[key]
 
-    def price(self, layout: Layout) -> Priced:
-        """What a layout takes."""
+    def price(self, layout: Layout, is_simulated: bool = False) -> Priced:
+        """What a layout takes; ``is_simulated``: as of ``layout_seconds.step_seconds``."""
         work, held = self.of(layout), self._held(layout)
         sizes, computed = layout.parallel, self._computed(layout)
         stages, tensors = self._stages(sizes), self._tensors(sizes.tensor)
-        seconds = step_seconds(work, sizes, self.fleet, stages, computed, held, tensors)
+        seconds = step_seconds(
+            work, sizes, self.fleet, stages, computed, held, tensors, is_simulated
+        )
         return Priced(layout, self.peak(layout), seconds)
 
     def _computed(self, layout: Layout) -> list[Seconds]:

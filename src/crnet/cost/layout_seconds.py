@@ -19,6 +19,7 @@ from crnet.cost.hardware import summed_widths
 from crnet.cost.layout_memory import Held, Tensors
 from crnet.cost.stage_clock import Seconds
 from crnet.cost.stages import Stage, boundary_bytes, by_stage
+from crnet.cost.timeline import simulate
 from crnet.cost.workload import Workload
 
 BUCKET_BYTES = 25 * 2**20
@@ -60,6 +61,7 @@ def step_seconds(
     computed: Sequence[Seconds],
     of_processes: Sequence[Held],
     tensors: Tensors,
+    is_simulated: bool = False,
 ) -> StepSeconds:
     """Seconds of a step.
 
@@ -68,6 +70,8 @@ def step_seconds(
         stages, computed: of each stage (``stage_clock.stage_seconds``).
         of_processes: ``layout_memory.held_by``.
         tensors: as a process stores them.
+        is_simulated: lay a pipeline's passes out one by one (``timeline.simulate``), instead of the
+            closed form of ``pipeline_seconds``.
     """
     number = work.num_micro_batches
     summing = _tensor_s(work, parallel, fleet) / 2 / work.spec.num_layers
@@ -90,8 +94,9 @@ def step_seconds(
     ]
     transfer = _transfer_s(work, parallel, fleet, stages)
     after = _optimizer_s(work, parallel, fleet, of_processes)
-    passes, bubble = pipeline_seconds(parallel, hidden, number, transfer)
-    passes_apart, _ = pipeline_seconds(parallel, apart, number, transfer)
+    lay_out = simulated_seconds if is_simulated else pipeline_seconds
+    passes, bubble = lay_out(parallel, hidden, number, transfer)
+    passes_apart, _ = lay_out(parallel, apart, number, transfer)
     reducing = max(each.reduce_s for each in crossing)
     return StepSeconds(passes + max(tails) + after, passes_apart + reducing + after, bubble)
 
@@ -116,6 +121,18 @@ def pipeline_seconds(
     passage += 2 * transfer_s * (len(stages) - 1)
     seconds = number * max(busy) + passage / (len(stages) // processes)
     return seconds, 1 - number * sum(busy) / (processes * seconds)
+
+
+def simulated_seconds(
+    parallel: ParallelConfig, stages: Sequence[Seconds], number: int, transfer_s: float
+) -> tuple[float, float]:
+    """As ``pipeline_seconds``, pass by pass."""
+    if parallel.pipeline == 1:
+        return pipeline_seconds(parallel, stages, number, transfer_s)
+    forward = [each.forward_s for each in stages]
+    backward = [each.backward_s for each in stages]
+    line = simulate(parallel.schedule, forward, backward, number, parallel.pipeline, transfer_s)
+    return line.seconds, line.bubble
 
 
 def _transfer_s(
