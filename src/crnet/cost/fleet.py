@@ -57,7 +57,7 @@ class Fleet:
     def gather_s(self, size_bytes: float, members: int, stride: int, starts: int = 1) -> float:
         """Seconds until each has all of ``size_bytes``, of which it had its part; as long for a sum
         of which each gets its part. ``starts``: collectives that this is cut into."""
-        if members == 1:
+        if members == 1 or not size_bytes:
             return 0.0
         moved = (members - 1) / members * size_bytes
         return moved / self.ring_bytes_per_s(members, stride) + starts * START_S

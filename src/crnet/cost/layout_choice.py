@@ -14,7 +14,7 @@ from crnet.config.sections import SIZES, ParallelConfig, RunConfig
 from crnet.config.serialize import command_line, override
 from crnet.config.units import GIB
 from crnet.cost.fleet import Fleet
-from crnet.cost.layout_search import Layout, LayoutSpace, Priced
+from crnet.cost.layout_search import Layout, LayoutSpace, Least, Priced
 from crnet.cost.step import step_flops
 from crnet.cost.workload import with_linear
 from crnet.errors import ConfigError
@@ -170,16 +170,22 @@ def choose(config: RunConfig, fleet: Fleet) -> Choice:
     Cost: 2 s for 80 blocks on 1,024 devices.
     """
     space = LayoutSpace(config, fleet)
+    if (choice := chosen(space)) is None:
+        raise ConfigError(_nothing_fits(space))
+    return choice
+
+
+def chosen(space: LayoutSpace) -> Choice | None:
+    """As ``choose``; None where nothing fits."""
     found = list(space.fitting())
     if not found:
-        raise ConfigError(_nothing_fits(space))
+        return None
     of_each = [space.price(each.layout, is_simulated=True) for each in _best_of_each(found)]
     by_time = _best_of_each(of_each)
     best = _simplest_of_the_fastest(by_time)
     check(space.config_of(best.layout))
     parallel = best.layout.parallel
-    policies = dict.fromkeys(policy for policy, _ in space.ways(parallel))
-    largest = {policy: space.largest(parallel, policy) or 0 for policy in policies}
+    largest = {each: space.largest(parallel, each) or 0 for each in space.policies_of(parallel)}
     others = [each for each in by_time if each is not best]
     return Choice(space, [best, *others][:SHOWN], len(found), largest)
 
@@ -208,13 +214,18 @@ def _nothing_fits(space: LayoutSpace) -> str:
             f"{who}: no sizes of --parallel.* that multiply to {fleet.size} share "
             f"--train.batch-size {config.train.batch_size}; take another batch or fewer devices"
         )
-    least = min((space.least(each) for each in space.sizes), key=lambda it: it.peak_bytes)
+    least = closest(space)
     helps = ", or ".join(_helps(space)) or f"none of {MOST_TIMES} times the devices does"
     return (
         f"{who}: nothing fits the {fleet.memory_bytes / GIB:.1f} GiB that a process may take; "
         f"closest is {least.layout.describe()}, {least.describe()}, "
         f"with {math.ceil(least.peak_bytes / GIB * 10) / 10:.1f} GiB; what would fit: {helps}"
     )
+
+
+def closest(space: LayoutSpace) -> Least:
+    """What takes the least, where there is a legal layout."""
+    return min((space.least(each) for each in space.sizes), key=lambda it: it.peak_bytes)
 
 
 def _helps(space: LayoutSpace) -> Iterator[str]:

@@ -136,7 +136,9 @@ class LayoutSpace:
         ``invert`` is one of them where its outputs travel in fp32, as in ``plan_choice.cheapest``:
         else what it keeps hangs on the gains of every step.
         """
-        legal = [each for each in POLICIES if policy_problem(self.work.spec, each) is None]
+        legal: list[Policy] = [
+            each for each in POLICIES if policy_problem(self.work.spec, each) is None
+        ]
         asked = self.given.train.recompute
         if asked != presets.get(self.given.preset).train.recompute:
             return tuple(each for each in legal if each == asked)
@@ -152,16 +154,18 @@ class LayoutSpace:
     def _products(self) -> Iterator[ParallelConfig]:
         """Sizes that multiply to the number of devices and share the batch evenly."""
         number, batch = self.fleet.size, self.base.train.batch_size
-        kept = {"checkpoint": self.base.parallel.checkpoint}
+        kept = self.base.parallel.checkpoint
         for tensor in _divisors(min(self.fleet.node, number)):
             for pipeline in _divisors(number // tensor) if number % tensor == 0 else []:
                 shares = number // tensor // pipeline
                 if batch % shares:
                     continue
                 for shard in _divisors(shares):
-                    sizes = {"tensor": tensor, "shard": shard, "data": shares // shard}
+                    sizes = ParallelConfig(
+                        pipeline=pipeline, data=shares // shard, shard=shard, tensor=tensor
+                    )
                     for schedule in STAGES_A_PROCESS if pipeline > 1 else ("1f1b",):
-                        yield ParallelConfig(pipeline=pipeline, schedule=schedule, **sizes, **kept)
+                        yield dataclasses.replace(sizes, schedule=schedule, checkpoint=kept)
 
     def _goes(self, parallel: ParallelConfig, policy: Policy, compiles: bool) -> bool:
         """Whether these kinds of sharing, of recomputation and of compilation go together: asked of
@@ -183,6 +187,10 @@ class LayoutSpace:
             prices_it = not compiles or policy in ("none", "block")
             if prices_it and self._goes(parallel, policy, compiles):
                 yield policy, compiles
+
+    def policies_of(self, parallel: ParallelConfig) -> list[Policy]:
+        """Recomputation that goes with it."""
+        return list(dict.fromkeys(policy for policy, _ in self.ways(parallel)))
 
     @property
     def _compiles(self) -> tuple[bool, ...]:
@@ -213,10 +221,9 @@ class LayoutSpace:
     def least(self, parallel: ParallelConfig) -> Least:
         """The least that the fullest process takes: of one sequence, or of the whole share, which
         a split model adds up without whole gradients."""
-        policies = dict.fromkeys(policy for policy, _ in self.ways(parallel))
         ends = [
             Layout(parallel, size, policy, False)
-            for policy in policies
+            for policy in self.policies_of(parallel)
             for size in self._ends(parallel)
         ]
         found = [Least(each, self.peak(each)) for each in ends]
@@ -227,7 +234,7 @@ class LayoutSpace:
         return any(
             self.fits(Layout(parallel, size, policy, False))
             for parallel in self.sizes
-            for policy in dict.fromkeys(policy for policy, _ in self.ways(parallel))
+            for policy in self.policies_of(parallel)
             for size in self._ends(parallel)
         )
 

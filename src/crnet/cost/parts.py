@@ -66,8 +66,8 @@ def part_of(micro_batch: MicroBatch, num_parts: int) -> MicroBatch:
     """The micro-batch as one of so many processes computes it."""
     if num_parts == 1:
         return micro_batch
-    fields = {each.name: getattr(micro_batch, each.name) for each in dataclasses.fields(MicroBatch)}
-    return PartOfMicroBatch(**fields | {"spec": micro_batch.spec.in_parts(0, num_parts)})
+    spec, it = micro_batch.spec.in_parts(0, num_parts), micro_batch
+    return PartOfMicroBatch(spec, it.sequences, it.length, it.precision, it.device_type)
 
 
 def stored_tensors(spec: ModelSpec) -> dict[str, TensorSpec]:
