@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, plugin_words, print_json
@@ -35,9 +35,7 @@ def plan(
     as_json: Json = False,
     settings: Settings = DEFAULTS,
 ) -> None:
-    """Find the largest ranks within a budget, or the fastest layout on devices, or both.
-
-    It explains the choice and prints the command that trains it.
+    """Find the largest ranks within a budget, the fastest layout on devices, or both; say why.
 
     Parameters
     ----------
@@ -68,19 +66,26 @@ def plan(
         Gb/s between machines, of each device; none: 400 for h100 and h200, 200 for a100, else 100.
     """
     run_config, limits = settings.of(preset), (parameters, state_gib, memory_gib, flops_frac, like)
-    found = None
-    if devices is None or any(limit is not None for limit in limits):
-        found = _ranks(run_config, limits, profile, multiple)
-        run_config = found.config
+    wants_ranks = any(limit is not None for limit in limits)
     if devices is None:
-        assert found is not None
-        _show(found, as_json)
+        _refuse("--devices", {"--node": node != 8, "--network-gbps": network_gbps is not None})
+    elif not wants_ranks:
+        _refuse("a budget", {"--profile": profile != "uniform", "--multiple": multiple != 1})
+    if devices is None:
+        _show(_ranks(run_config, limits, profile, multiple), as_json)
         return
     from crnet.cost.fleet import parse_fleet
     from crnet.cost.layout_choice import choose
 
-    choice = choose(run_config, parse_fleet(devices, node, network_gbps))
-    _show_choice(choice, found, as_json)
+    found = _ranks(run_config, limits, profile, multiple) if wants_ranks else None
+    fleet = parse_fleet(devices, node, network_gbps)
+    _show_choice(choose(found.config if found else run_config, fleet), found, as_json)
+
+
+def _refuse(without: str, given: Mapping[str, bool]) -> None:
+    """Flags that would have no effect."""
+    if names := [name for name, is_given in given.items() if is_given]:
+        raise ConfigError(f"{name} has no effect without {without}; leave it out" for name in names)
 
 
 def _ranks(config: RunConfig, limits: Sequence[Any], profile: str, multiple: int) -> Found:
@@ -88,7 +93,6 @@ def _ranks(config: RunConfig, limits: Sequence[Any], profile: str, multiple: int
     from crnet.cost import rank_search
 
     parameters, *others = limits
-
     if parameters is not None and not 0 < parameters < float("inf"):
         raise ConfigError(f"--parameters is {parameters}; it must be above zero and finite")
     budget = rank_search.Budget(None if parameters is None else int(parameters), *others)
@@ -114,13 +118,27 @@ def _show(found: Found, as_json: bool) -> None:
 
 
 def _show_choice(choice: Choice, found: Found | None, as_json: bool) -> None:
-    words = [*choice.command(), *plugin_words()]
+    words = _start(choice)
     if not as_json:
         texts = [found.explain()] if found else []
         print("\n\n".join([*texts, choice.explain(), shlex.join(words)]))
         return
     ranks = {} if found is None else {"rank": found.rank, "binding": found.binding}
     print_json(ranks | choice.figures() | {"command": words, "config": to_dict(choice.config)})
+
+
+def _start(choice: Choice) -> list[str]:
+    """The words that start the run, on every machine the same."""
+    fleet = choice.space.fleet
+    words = ["crnet", *command_line(choice.config), *plugin_words()]
+    if fleet.size == 1:
+        return words
+    machines = fleet.size // fleet.node
+    start = ["torchrun", "--nnodes", str(machines), "--nproc-per-node", str(fleet.node)]
+    if machines > 1:
+        # FIRST: the name of the first machine.
+        start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "FIRST:29500"]
+    return [*start, "-m", *words]
 
 
 COMMAND = Command(plan, layers="run")

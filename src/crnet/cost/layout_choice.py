@@ -11,7 +11,7 @@ from typing import Any
 from crnet.config import defaults
 from crnet.config.check import check
 from crnet.config.sections import SIZES, ParallelConfig, RunConfig
-from crnet.config.serialize import command_line, override
+from crnet.config.serialize import override
 from crnet.config.units import GIB
 from crnet.cost.fleet import Fleet
 from crnet.cost.layout_search import Layout, LayoutSpace, Least, Priced
@@ -61,18 +61,6 @@ class Choice:
         useful = flops["total"] - flops["attention"] + flops["attention if causal"]
         peak = fleet.size * fleet.device.flops_per_s(work.micro_batch.precision)
         return useful / peak / priced.seconds.overlapped
-
-    def command(self) -> list[str]:
-        """The words that start the run, on every machine the same."""
-        fleet, words = self.space.fleet, command_line(self.config)
-        if fleet.size == 1:
-            return ["crnet", *words]
-        machines = fleet.size // fleet.node
-        start = ["torchrun", "--nnodes", str(machines), "--nproc-per-node", str(fleet.node)]
-        if machines > 1:
-            # FIRST: the name of the first machine.
-            start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "FIRST:29500"]
-        return [*start, "-m", "crnet", *words]
 
     def figures(self) -> dict[str, Any]:
         """What ``explain`` shows, as numbers."""
@@ -185,7 +173,9 @@ def chosen(space: LayoutSpace) -> Choice | None:
     best = _simplest_of_the_fastest(by_time)
     check(space.config_of(best.layout))
     parallel = best.layout.parallel
-    largest = {each: space.largest(parallel, each) or 0 for each in space.policies_of(parallel)}
+    largest: dict[Policy, int] = {
+        each: space.largest(parallel, each) or 0 for each in space.policies_of(parallel)
+    }
     others = [each for each in by_time if each is not best]
     return Choice(space, [best, *others][:SHOWN], len(found), largest)
 

@@ -211,7 +211,10 @@ class LayoutSpace:
     def largest(self, parallel: ParallelConfig, policy: Policy) -> int | None:
         """The largest micro-batch that fits; None: not one sequence."""
         sizes = self.micro_batches(parallel)
-        low, high = 0, len(sizes)  # how many of them fit, at least and at most
+        # All at once a split model has no whole gradients (``layout_memory.gathered_at_once``).
+        if self.fits(Layout(parallel, sizes[-1], policy, False)):
+            return sizes[-1]
+        low, high = 0, len(sizes) - 1  # how many of them fit, at least and at most
         while low < high:
             middle = (low + high + 1) // 2
             fits = self.fits(Layout(parallel, sizes[middle - 1], policy, False))
