@@ -260,7 +260,7 @@ def test_what_is_given_is_kept() -> None:
 
 def test_memory_is_that_of_the_closed_forms() -> None:
     """Of copies, a split model and a pipeline, by the functions that measured processes confirm."""
-    of = space()
+    of = space(8, 8)
     for layout in layouts(of):
         sizes, work, peak = layout.parallel, of.of(layout), of.peak(layout)
         if sizes.tensor > 1:
@@ -317,7 +317,7 @@ def test_parts_take_less_and_together_no_less() -> None:
 
 
 def test_the_choice_fits_and_is_the_simplest_of_the_fastest() -> None:
-    config = override(presets.get("llama-1b"), data={"sequence_length": 2048})
+    config = override(presets.get("llama-130m"), data={"sequence_length": 2048})
     choice = choose(config, parse_fleet("16xh100"))
     best, most = choice.best, choice.space.fleet.memory_bytes
     for each in choice.layouts:
@@ -389,7 +389,7 @@ def printed(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_text_and_json_agree_and_the_command_is_taken(capsys) -> None:
-    words = ["llama-1b", "--devices", "16xh100", "--data.sequence-length", "2048"]
+    words = ["llama-60m", "--devices", "16xh100", "--data.sequence-length", "512"]
     text = printed(*words, capsys=capsys)
     found = json.loads(printed(*words, "--json", capsys=capsys))
     last = shlex.split(text.strip().splitlines()[-1])

@@ -50,36 +50,33 @@ def plan(
     flops_frac
         Most FLOPs of the blocks, as a share of full rank's.
     like
-        As many parameters as another parameterization, LINEAR[:RANK], has in this shape; with
-        @OPTIMIZER behind, as many bytes of state.
+        As many parameters as LINEAR[:RANK] has in this shape; @OPTIMIZER: as many bytes of state.
     profile
         uniform, flat, middle-heavy, lower-heavy, upper-heavy, or weights of the low-rank blocks
-        (1x7,1.5x8,1x8); /k=0.5 behind it weighs a position.
+        (1x7,1.5x8,1x8); /k=0.5 weighs a position.
     multiple
         Divides every rank; 16, 32 or 64 suit hardware.
     devices
-        How many and which, as 64xh100: finds --parallel.*, and in place of the preset's the
-        micro-batch, recomputation and compilation, unless they are given.
+        64xh100: finds --parallel.*, micro-batch, recomputation, compilation; keeps those given.
     node
         Devices in a machine.
     network_gbps
-        Gb/s between machines, of each device; none: 400 for h100 and h200, 200 for a100, else 100.
+        Gb/s a device between machines; none: h100 and h200 400, a100 200, else 100.
     """
     run_config, limits = settings.of(preset), (parameters, state_gib, memory_gib, flops_frac, like)
     wants_ranks = any(limit is not None for limit in limits)
-    if devices is None:
-        _refuse("--devices", {"--node": node != 8, "--network-gbps": network_gbps is not None})
-    elif not wants_ranks:
+    if devices is not None and not wants_ranks:
         _refuse("a budget", {"--profile": profile != "uniform", "--multiple": multiple != 1})
     if devices is None:
+        _refuse("--devices", {"--node": node != 8, "--network-gbps": network_gbps is not None})
         _show(_ranks(run_config, limits, profile, multiple), as_json)
         return
-    from crnet.cost.fleet import parse_fleet
-    from crnet.cost.layout_choice import choose
+    from crnet.cost import fleet, layout_choice
 
     found = _ranks(run_config, limits, profile, multiple) if wants_ranks else None
-    fleet = parse_fleet(devices, node, network_gbps)
-    _show_choice(choose(found.config if found else run_config, fleet), found, as_json)
+    run_config = found.config if found else run_config
+    on = fleet.parse_fleet(devices, node, network_gbps)
+    _show_choice(layout_choice.choose(run_config, on), found, as_json)
 
 
 def _refuse(without: str, given: Mapping[str, bool]) -> None:
