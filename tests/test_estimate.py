@@ -139,7 +139,8 @@ def test_data_and_sharded_communication():
         tensor.num_items for name, tensor in work.spec.tensors.items() if ".layers." not in name
     )
     gathered = 4 * (2 * states["weights"] - outside)  # four micro-batches
-    assert found["sharded"] == 3 / 4 * (gathered + states["gradients"])
+    scattered = work.num_micro_batches * states["gradients"]
+    assert found["sharded"] == 3 / 4 * (gathered + scattered)
     # As they are stored: autocast comes after.
     mixed = workload(override(config, train={"precision": "bf16-mixed"}))
     assert communication_bytes(mixed, 4)["sharded"] == found["sharded"]

@@ -158,10 +158,10 @@ def test_seconds_of_a_split_model_by_hand() -> None:
     scatter = 7 / 8 * 8 * held["gradients"] / rate + (layers + 1) * START_S
     after = optimizer_s(held["weights"] + held["optimizer state"], held["gradients"])
     seconds = found.price(Layout(parallel, 2, "none", False)).seconds
-    step = max(backward, again)
-    overlapped = 4 * (max(forward, gather) + step) + max(0.0, again + scatter - step) + after
+    step = max(backward, again + scatter)
+    overlapped = 4 * (max(forward, gather) + step) + after
     assert seconds.overlapped == pytest.approx(overlapped, rel=1e-9)
-    apart = 4 * (forward + gather + backward + again) + scatter + after
+    apart = 4 * (forward + gather + backward + again + scatter) + after
     assert seconds.apart == pytest.approx(apart, rel=1e-9)
 
 
@@ -275,7 +275,7 @@ def test_memory_is_that_of_the_closed_forms() -> None:
             sum(bytes_of_rank(work.spec.tensors, work.optimizer, sizes, rank).held.values())
             for rank in range(sizes.shard)
         )
-        state += gathered_at_once(work, work.spec.tensors) if sizes.shard > 1 else 0
+        state += gathered_at_once(work, sizes, work.spec.tensors) if sizes.shard > 1 else 0
         assert peak == state + peak_bytes(work.micro_batch, work.plan), layout
 
 
@@ -288,15 +288,17 @@ def _kept(work, plan: RecomputePlan) -> int:
 def test_what_a_split_model_gathers_by_hand() -> None:
     """Full rank: blocks are equal."""
     _, work = of(ParallelConfig(shard=8))
+    split, stage = ParallelConfig(shard=8), ParallelConfig(shard=4, pipeline=2)
     sizes = {name: 4 * each.num_items for name, each in work.spec.tensors.items()}
     block = sum(size for name, size in sizes.items() if ".layers.0." in name)
     outside = sum(size for name, size in sizes.items() if ".layers." not in name)
-    # Several micro-batches: all gradients stay whole until the last.
-    several = outside + 3 * block + sum(sizes.values()) + max(block, outside)
-    assert gathered_at_once(work, work.spec.tensors) == several
-    once = dataclasses.replace(work, num_micro_batches=1)
     one = outside + 3 * block + 2 * max(block, outside)
-    assert gathered_at_once(once, work.spec.tensors) == one
+    assert gathered_at_once(work, split, work.spec.tensors) == one
+    # In a pipeline of several micro-batches all gradients stay whole until the last.
+    several = outside + 3 * block + sum(sizes.values()) + max(block, outside)
+    assert gathered_at_once(work, stage, work.spec.tensors) == several
+    once = dataclasses.replace(work, num_micro_batches=1)
+    assert gathered_at_once(once, stage, work.spec.tensors) == one
 
 
 def test_parts_take_less_and_together_no_less() -> None:

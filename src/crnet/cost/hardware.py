@@ -148,11 +148,11 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
 
     ``data``: gradients all-reduced in a ring, 2 (n - 1)/n of them. ``sharded``: weights gathered
     as they are stored, those of the blocks for the forward and again for the backward pass of every
-    micro-batch, the others once; gradients scattered, (n - 1)/n each. ``pipeline``: what crosses
-    one boundary between stages, the widest, all micro-batches, once a pass (``boundary_passes``).
-    With a carry from block to block that is the stream and what blocks hand on (6 h + 2 f wide for
-    CR-Net where keys are not grouped, eq. 48's "communication dimension"), else the stream; left
-    out where there are fewer blocks than ranks.
+    micro-batch, the others once; gradients scattered every micro-batch, (n - 1)/n each.
+    ``pipeline``: what crosses one boundary between stages, the widest, all micro-batches, once a
+    pass (``boundary_passes``). With a carry from block to block that is the stream and what blocks
+    hand on (6 h + 2 f wide for CR-Net where keys are not grouped, eq. 48's "communication
+    dimension"), else the stream; left out where there are fewer blocks than ranks.
     ``tensor``: ``tensor_bytes``, all-reduced in a ring; left out where a model cannot be so split.
     """
     if ranks < 2:
@@ -162,7 +162,7 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
     gathered = num_micro * sum(gathered_bytes(work).values())
     found = {
         "data": 2 * share * states["gradients"],
-        "sharded": share * (gathered + states["gradients"]),
+        "sharded": share * (gathered + num_micro * states["gradients"]),
     }
     if ranks <= work.spec.num_layers:
         stages = cut(work.spec, ranks, micro_batch.length)

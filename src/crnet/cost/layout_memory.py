@@ -49,7 +49,7 @@ def held_by(
         state = _fullest(work, parallel, mine)
         gathered = 3 * state.largest_owned
         if parallel.shard > 1:
-            gathered += gathered_at_once(work, mine)
+            gathered += gathered_at_once(work, parallel, mine)
         found.append(Held(state, gathered))
     return found
 
@@ -67,14 +67,14 @@ def _fullest(work: Workload, parallel: ParallelConfig, tensors: Tensors) -> Rank
     return max(ranks, key=lambda each: sum(each.held.values()) + 3 * each.largest_owned)
 
 
-def gathered_at_once(work: Workload, tensors: Tensors) -> int:
+def gathered_at_once(work: Workload, parallel: ParallelConfig, tensors: Tensors) -> int:
     """Bytes of weights and gradients that are whole in a process under ``--parallel.shard``, beside
     its own part.
 
     Weights: all outside the blocks, and of the blocks the one at work, the next one and a copy
-    while it arrives; ``replay`` has the blocks of a segment. Gradients: with several micro-batches
-    all of them, for they are scattered with the last one only; else the fullest block's. Once more
-    a block's (or what is outside), while it is scattered.
+    while it arrives; ``replay`` has the blocks of a segment. Gradients: the fullest block's; in a
+    pipeline with several micro-batches all of them, for torch's schedules scatter them with the
+    last one only. Once more a block's (or what is outside), while it is scattered.
     """
     item = 4 if work.update is None else 2
     weights = [0] * (work.spec.num_layers + 1)  # the last: outside the blocks
@@ -89,7 +89,8 @@ def gathered_at_once(work: Workload, tensors: Tensors) -> int:
     if work.plan.policy == "replay":
         parts = segments(work.plan, work.spec.num_layers)
         at_work = max(sum(weights[bottom:top]) for bottom, top in parts)
-    whole = sum(gradients) if work.num_micro_batches > 1 else max(gradients)
+    waits = parallel.pipeline > 1 and work.num_micro_batches > 1
+    whole = sum(gradients) if waits else max(gradients)
     return weights[-1] + at_work + 2 * largest + whole + max(gradients)
 
 

@@ -211,7 +211,7 @@ class LayoutSpace:
     def largest(self, parallel: ParallelConfig, policy: Policy) -> int | None:
         """The largest micro-batch that fits; None: not one sequence."""
         sizes = self.micro_batches(parallel)
-        # All at once a split model has no whole gradients (``layout_memory.gathered_at_once``).
+        # All at once a split stage has no whole gradients (``layout_memory.gathered_at_once``).
         if self.fits(Layout(parallel, sizes[-1], policy, False)):
             return sizes[-1]
         low, high = 0, len(sizes) - 1  # how many of them fit, at least and at most
@@ -223,7 +223,7 @@ class LayoutSpace:
 
     def least(self, parallel: ParallelConfig) -> Least:
         """The least that the fullest process takes: of one sequence, or of the whole share, which
-        a split model adds up without whole gradients."""
+        a split stage adds up without whole gradients."""
         ends = [
             Layout(parallel, size, policy, False)
             for policy in self.policies_of(parallel)

@@ -1,9 +1,9 @@
 """Seconds of an optimizer step of a layout: computation, what crosses, and waiting.
 
 Two figures. Overlapped: what the engines send beside computation hides behind it: gradients of
-copies behind the last micro-batch's backward pass, the gathering of split weights behind every
-pass. Apart: it is added. Sums between the parts of a block and a pipeline's transfers are waited
-for in both.
+copies behind the last micro-batch's backward pass; of a split model weights gathered behind every
+pass, gradients scattered behind every backward pass. Apart: it is added. Sums between the parts of
+a block and a pipeline's transfers are waited for in both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Crossing:
     """Seconds of what one process sends and waits for, in one micro-batch or one step."""
 
     gather: Seconds
-    """Of weights, before the passes of a micro-batch."""
+    """Of weights, before the passes of a micro-batch; with the backward pass what is scattered of
+    their gradients, but for a pipeline, where that is once a step."""
     reduce_s: float
     """Of gradients, once a step."""
 
@@ -178,7 +179,9 @@ def _crossing(
         fleet.gather_s(blocks, *among, count),
     )
     scatter_s = fleet.gather_s(gradients * parallel.shard, *among, count + 1)
-    return Crossing(gather, scatter_s + reduce_s)
+    if parallel.pipeline > 1:
+        return Crossing(gather, scatter_s + reduce_s)
+    return Crossing(Seconds(gather.forward_s, gather.backward_s + scatter_s), reduce_s)
 
 
 def _optimizer_s(
