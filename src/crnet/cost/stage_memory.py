@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from crnet.config.sections import ParallelConfig, num_stages
 from crnet.cost.kept import kept_outputs
 from crnet.cost.micro_batch import BlockBytes, MicroBatch
+from crnet.cost.shared import bytes_of_rank
 from crnet.cost.stages import Stage, boundary_bytes, cut, held, in_flight
-from crnet.cost.workload import Workload, state_bytes
+from crnet.cost.workload import Workload
 from crnet.recompute.plan import RecomputePlan, segments
 
 
@@ -18,7 +19,8 @@ def process_bytes(work: Workload, parallel: ParallelConfig) -> list[dict[str, in
 
     Args:
         work: of one share of the batch (``train.run.work_of_one``).
-    Returns: ``weights``, ``gradients``, ``optimizer state``: of the tensors of its stages, exact.
+    Returns: ``weights``, ``gradients``, ``optimizer state``: of the tensors of its stages, exact,
+        between two steps; of split stages what the first process of each has.
         ``activations``: what its stages keep for the micro-batches in flight, under the plan, where
         most are. ``buffers``: what torch's engine receives into: a boundary's tensors from below
         and gradients from above, for every micro-batch of a step and not for those in flight alone.
@@ -28,9 +30,9 @@ def process_bytes(work: Workload, parallel: ParallelConfig) -> list[dict[str, in
     found = []
     for process, of_batches in enumerate(activation_bytes(work, parallel, stages)):
         mine = stages[process :: parallel.pipeline]
-        tensors = [work.spec.tensors[name] for name in held(work.spec, mine)]
-        bytes_of = state_bytes(tensors, work.optimizer, work.update, work.num_micro_batches)
-        found.append(bytes_of | of_batches)
+        tensors = {name: work.spec.tensors[name] for name in sorted(held(work.spec, mine))}
+        how = work.optimizer, parallel, 0, work.update, work.num_micro_batches
+        found.append(bytes_of_rank(tensors, *how).held | of_batches)
     return found
 
 
