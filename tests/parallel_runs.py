@@ -2,8 +2,8 @@
 
     torchrun ... parallel_runs.py FOLDER
 
-As ``shared_runs.py`` says; what a process sees of a run has also how many graphs it compiled, and
-how many files of a checkpoint it compared with their checksums.
+As ``shared_runs.py`` says; what a process sees of a run has also how many graphs it compiled, how
+many files of a checkpoint it compared with their checksums, and how often gradients were scattered.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch._dynamo.utils import counters
 
 from crnet.storage import checkpoint
@@ -22,15 +23,22 @@ from shared_runs import Seen, train_all
 
 @contextlib.contextmanager
 def watched(_: str) -> Iterator[Seen]:
-    seen: Seen = {"verified": 0}
-    verify = checkpoint._verify_file
+    seen: Seen = {"verified": 0, "scattered": 0}
+    verify, scattered = checkpoint._verify_file, torch.distributed.reduce_scatter_single
 
     def counted(path: Path, wanted: Any) -> None:
         seen["verified"] += 1
         verify(path, wanted)
 
+    def scatter(*args: Any, **more: Any) -> Any:
+        seen["scattered"] += 1
+        return scattered(*args, **more)
+
     counters.clear()
-    with mock.patch.object(checkpoint, "_verify_file", counted):
+    with (
+        mock.patch.object(checkpoint, "_verify_file", counted),
+        mock.patch.object(torch.distributed, "reduce_scatter_single", scatter),
+    ):
         yield seen
     seen["graphs"] = counters["stats"]["unique_graphs"]
 

@@ -135,7 +135,15 @@ def test_data_and_sharded_communication():
     work = workload(config)
     states, found = work.state_bytes, communication_bytes(work, 4)
     assert found["data"] == 2 * 3 / 4 * states["gradients"]
-    assert found["sharded"] == 3 / 4 * (2 * 4 * states["weights"] + states["gradients"])
+    outside = 4 * sum(
+        tensor.num_items for name, tensor in work.spec.tensors.items() if ".layers." not in name
+    )
+    gathered = 4 * (2 * states["weights"] - outside)  # four micro-batches
+    scattered = work.num_micro_batches * states["gradients"]
+    assert found["sharded"] == 3 / 4 * (gathered + scattered)
+    # As they are stored: autocast comes after.
+    mixed = workload(override(config, train={"precision": "bf16-mixed"}))
+    assert communication_bytes(mixed, 4)["sharded"] == found["sharded"]
     assert communication_bytes(work, 1) == {}
 
 

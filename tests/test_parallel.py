@@ -34,6 +34,7 @@ from crnet.config.sections import (
     RunConfig,
     TrainConfig,
     num_processes,
+    num_shares,
 )
 from crnet.config.serialize import command_line, from_dict, override, read_json, to_dict
 from crnet.errors import ConfigError
@@ -101,6 +102,7 @@ FAST = (
     ("data", "plain"),
     ("data", "accumulated"),
     ("shard", "plain"),
+    ("shard", "accumulated"),
     ("shard", "muon"),
     ("pipeline", "accumulated"),
     ("tensor", "plain"),
@@ -235,6 +237,13 @@ def test_every_process_tells_the_same(layout: str, what: str, folders: Folders) 
     seen = seen_by(size, folder, f"{layout}, {what}")
     assert seen == seen[:1] * size
     assert seen[0]["told"][0] == STEPS
+    config = configured(Path(), what, **LAYOUTS[layout])
+    if "pipeline" not in layout:
+        micro_batches = config.train.batch_size // num_shares(config.parallel)
+        micro_batches //= config.train.micro_batch_size or micro_batches
+        # No whole gradient outlives its micro-batch.
+        times = STEPS * micro_batches * (config.model.num_layers + 1)
+        assert seen[0]["scattered"] == times * (config.parallel.shard > 1)
 
 
 @pytest.mark.slow

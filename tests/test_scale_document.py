@@ -7,15 +7,26 @@ import itertools
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
+
 from crnet import linears, optimizers, streams
 from crnet.config.check import check
 from crnet.config.model_spec import model_spec
 from crnet.config.presets import PRESETS
 from crnet.config.sections import SIZES, ParallelConfig, RunConfig, options_of
 from crnet.config.serialize import override
+from crnet.cost.clock import stage_seconds
+from crnet.cost.fleet import parse_fleet
+from crnet.cost.hardware import DEVICES as HARDWARE
+from crnet.cost.layout_choice import chosen, closest
+from crnet.cost.layout_search import LayoutSpace
 from crnet.cost.shared import RankBytes, bytes_of_rank
-from crnet.cost.workload import resolved
+from crnet.cost.stage_memory import process_bytes
+from crnet.cost.stages import boundary_bytes, cut
+from crnet.cost.step import step_flops
+from crnet.cost.workload import resolved, workload
 from crnet.errors import ConfigError
+from crnet.paper.tables import PRINTED_22
 from crnet.specs import Role, TensorSpec, normal
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -71,6 +82,91 @@ def test_tables() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     for table in (whole_table(), bytes_table()):
         assert "\n".join(table) in text, "\n".join(table)
+
+
+DEVICES = (8, 64, 256, 1024)
+SIZES_ON_PAPER = {"1B": "llama-1b", "7B": "llama-7b", "13B": "llama-13b", "70B": "llama-70b"}
+
+
+def on_paper(size: str, linear: str, number: int) -> str:
+    """A line of the table "On paper": the layout that crnet plan chooses."""
+    config = override(
+        PRESETS[SIZES_ON_PAPER[size]][1],
+        model={"linear": linear, "rank": "0.25h"},
+        data={"sequence_length": 4096},
+        train={"batch_size": 1024},
+    )
+    space = LayoutSpace(config, parse_fleet(f"{number}xh100"))
+    name = "full rank" if linear == "full" else "CR-Net"
+    if (choice := chosen(space)) is None:
+        least = closest(space)
+        cells = [f"nothing fits: {least.layout.describe()}", "", f"{least.peak_bytes / GIB:.0f}"]
+        return f"| {size} | {name} | {number} | {' | '.join(cells)} | | | | |"
+    best, seconds = choice.best, choice.best.seconds
+    layout = best.layout
+    compiled = ", compiled" if layout.compiles else ""
+    cells = [
+        layout.describe(),
+        f"{layout.micro_batch_size}, {layout.policy}{compiled}",
+        f"{best.peak_bytes / GIB:.0f}",
+        f"{seconds.overlapped:.2f}",
+        f"{seconds.apart:.2f}",
+        f"{choice.tokens_per_s(best) / 1e6:.2f}",
+        f"{choice.peak_frac(best):.0%}",
+    ]
+    return f"| {size} | {name} | {number} | {' | '.join(cells)} |"
+
+
+def paper_setting() -> list[str]:
+    """Table 22's rows in table 21's setting: 16 sequences of 4,096 tokens, bf16, A100 80G, stages
+    of one device; r = h/4; one micro-batch through all stages. Full rank runs blocks again, CR-Net
+    replays."""
+    lines, on = [], HARDWARE["a100-80g-pcie"]
+    for (method, size), printed in PRINTED_22.items():
+        linear, policy = ("full", "block") if method == "Full-rank" else ("crnet", "replay")
+        processes = {"13B": 2, "70B": 8}[size]
+        config = override(
+            PRESETS[SIZES_ON_PAPER[size]][1],
+            model={"linear": linear, "rank": "0.25h"},
+            data={"sequence_length": 4096},
+            train={"precision": "bf16", "recompute": policy, "device": "cuda"},
+            parallel={"pipeline": processes},
+        )
+        batch = {"batch_size": 16 * processes, "micro_batch_size": 16}
+        work = workload(override(config, train=batch))
+        stages = cut(work.spec, processes, 4096)
+        seconds = sum(map(sum, stage_seconds(work, stages, work.plan, on)))
+        flops = step_flops(work, work.plan)["total"] / processes
+        crossing = 2 * sum(boundary_bytes(work.micro_batch, each.bottom) for each in stages[1:])
+        fullest = max(sum(each.values()) for each in process_bytes(work, config.parallel))
+        of_paper = printed.split()
+        cells = [
+            f"{of_paper[0]} / {flops / 1e15:.2f}",
+            f"{of_paper[1]} / {flops / 312e12:.1f} / {seconds:.1f}",
+            f"{of_paper[2]} / {crossing / GIB:.2f}",
+            f"{of_paper[3]} / {crossing / 64e9:.3f}",
+            f"{fullest / GIB:.0f}",
+        ]
+        lines.append(f"| {size} {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def test_the_setting_of_the_paper() -> None:
+    assert "\n".join(paper_setting()) in DOCUMENT.read_text(encoding="utf-8"), "\n".join(
+        paper_setting()
+    )
+
+
+def test_on_paper_one_line() -> None:
+    """All of them: below, slow."""
+    assert on_paper("1B", "full", 8) in DOCUMENT.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_on_paper() -> None:
+    every = itertools.product(SIZES_ON_PAPER, ("full", "crnet"), DEVICES)
+    table = "\n".join(on_paper(*each) for each in every)
+    assert table in DOCUMENT.read_text(encoding="utf-8"), table
 
 
 LAYOUTS = {

@@ -59,12 +59,12 @@ def check(config: RunConfig) -> None:
             f"{train.precision}; say --train.precision bf16, or leave it out"
         )
     if not problems:
-        problems += _parallel_problems(config)
+        problems += parallel_problems(config)
     if problems:
         raise ConfigError(problems)
 
 
-def _parallel_problems(config: RunConfig) -> Iterator[str]:
+def parallel_problems(config: RunConfig) -> Iterator[str]:
     """What processes cannot share."""
     yield from pipeline_problems(config)
     yield from tensor_problems(config)

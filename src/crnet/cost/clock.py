@@ -7,7 +7,7 @@ slower; every other kernel its bytes; and each kernel a launch. Nothing overlaps
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,9 @@ WAYS: tuple[Way, ...] = ("eager", "compiled", "fused")
 
 
 @dataclass(frozen=True)
-class _Clock:
+class Clock:
+    """What a device takes for a micro-batch's kernels, in seconds."""
+
     device: Device
     micro_batch: MicroBatch
 
@@ -47,6 +49,9 @@ class _Clock:
     def of_traffic(self, moved: Traffic) -> float:
         return self.of_bytes(moved.moved_bytes) + moved.kernels * self.device.launch_s
 
+    def of_passes(self, passes: Passes, way: Way) -> float:
+        return self.of_traffic(getattr(passes, way))
+
     def of_map(self, work: Work, products: tuple[Product, ...], flops: int) -> float:
         """Its products one by one; where a method names none, its FLOPs."""
         return sum(map(self.of_product, products)) if work.products else self.of_flops(flops)
@@ -66,13 +71,13 @@ def step_seconds(work: Workload, plan: RecomputePlan, on: Device) -> dict[str, f
     ``fused``: were elementwise work inside the products' kernels.
     Accuracy: kernels and bytes of ``eager`` are counted (``measure.traffic``), the rates are not.
     """
-    clock = _clock(work, on)
+    clock = clock_of(work.micro_batch, on)
     ways: list[Way] = [way for way in WAYS if way != "compiled" or plan.policy in ("none", "block")]
     found: dict[str, float] = {}
     for way in ways:
         parts = _micro_batch_parts(clock, plan, way)
         terms = {term: work.num_micro_batches * seconds for term, seconds in parts.items()}
-        terms["optimizer"] = _optimizer(work, clock)
+        terms["optimizer"] = optimizer_seconds(work.state_bytes, clock)
         total = sum(terms.values())
         if way == "eager":
             kernels = work.num_micro_batches * num_kernels(clock.micro_batch, plan)
@@ -81,11 +86,10 @@ def step_seconds(work: Workload, plan: RecomputePlan, on: Device) -> dict[str, f
     return found
 
 
-def _optimizer(work: Workload, clock: _Clock) -> float:
-    """Weights and state read and written, gradients read."""
-    states = work.state_bytes
-    moved = 2 * (states["weights"] + states["optimizer state"]) + states["gradients"]
-    return clock.of_bytes(moved)
+def optimizer_seconds(state_bytes: Mapping[str, int], clock: Clock) -> float:
+    """Weights and state read and written, gradients read; ``state_bytes`` as of a workload."""
+    moved = 2 * (state_bytes["weights"] + state_bytes["optimizer state"])
+    return clock.of_bytes(moved + state_bytes["gradients"])
 
 
 def stage_seconds(
@@ -97,7 +101,7 @@ def stage_seconds(
     recomputed is in the backward passes. Added up they are ``step_seconds`` without the optimizer,
     but that ``eager`` has no pass faster than that stage's host issues it.
     """
-    clock = _clock(work, on)
+    clock = clock_of(work.micro_batch, on)
     found: dict[Direction, list[float]] = {"forward": [], "backward": []}
     for stage in stages:
         for direction, seconds in found.items():
@@ -109,9 +113,11 @@ def stage_seconds(
     return found["forward"], found["backward"]
 
 
-def _clock(work: Workload, on: Device) -> _Clock:
-    device_type = "cuda" if is_gpu(on) else work.micro_batch.device_type
-    return _Clock(on, dataclasses.replace(work.micro_batch, device_type=device_type))
+def clock_of(micro_batch: MicroBatch, on: Device) -> Clock:
+    """The clock of a micro-batch on a device."""
+    if is_gpu(on) and micro_batch.device_type != "cuda":
+        micro_batch = dataclasses.replace(micro_batch, device_type="cuda")
+    return Clock(on, micro_batch)
 
 
 def _whole(micro_batch: MicroBatch) -> Stage:
@@ -119,7 +125,7 @@ def _whole(micro_batch: MicroBatch) -> Stage:
     return Stage(0, 1, 0, micro_batch.spec.num_layers)
 
 
-def _micro_batch_parts(clock: _Clock, plan: RecomputePlan, way: Way) -> dict[str, float]:
+def _micro_batch_parts(clock: Clock, plan: RecomputePlan, way: Way) -> dict[str, float]:
     stage = _whole(clock.micro_batch)
     forward = _stage_parts(clock, plan, way, stage, "forward")
     backward = _stage_parts(clock, plan, way, stage, "backward")
@@ -127,16 +133,16 @@ def _micro_batch_parts(clock: _Clock, plan: RecomputePlan, way: Way) -> dict[str
 
 
 def _stage_parts(
-    clock: _Clock, plan: RecomputePlan, way: Way, stage: Stage, direction: Direction
+    clock: Clock, plan: RecomputePlan, way: Way, stage: Stage, direction: Direction
 ) -> dict[str, float]:
     micro_batch = clock.micro_batch
     blocks = micro_batch.blocks[stage.bottom : stage.top]
     forward, backward = _product_seconds(clock, blocks)
-    attention, attention_backward = (len(blocks) * each for each in _attention_seconds(clock))
+    attention, attention_backward = (len(blocks) * each for each in attention_seconds(clock))
     head = 0.0
     if direction == "forward" and stage.is_last:
         head = sum(count * clock.of_product(it) for it, count in traffic.head_products(micro_batch))
-        head += clock.of_traffic(_of(traffic.head_passes(micro_batch), way))
+        head += clock.of_passes(traffic.head_passes(micro_batch), way)
     if direction == "backward":
         forward = backward + forward * second_run(micro_batch, plan)
         runs_again = plan.policy != "none" and not plan.keep_attention
@@ -145,7 +151,7 @@ def _stage_parts(
     return {
         "products": forward,
         "attention": attention,
-        "passes": clock.of_traffic(_of(passes, way)),
+        "passes": clock.of_passes(passes, way),
         "head": head,
     }
 
@@ -174,11 +180,7 @@ def _stage_passes(
     return found
 
 
-def _of(passes: Passes, way: Way) -> Traffic:
-    return getattr(passes, way)
-
-
-def _product_seconds(clock: _Clock, blocks: Sequence[BlockBytes]) -> tuple[float, float]:
+def _product_seconds(clock: Clock, blocks: Sequence[BlockBytes]) -> tuple[float, float]:
     """Of the maps of some blocks, forward and backward."""
     works = list(_works(blocks))
     forward = sum(clock.of_map(each, each.products, each.forward_flops) for each in works)
@@ -202,7 +204,7 @@ def second_run(micro_batch: MicroBatch, plan: RecomputePlan) -> float:
     return max(repeated, 0) / max(flops["forward"] - inside, 1)
 
 
-def _attention_seconds(clock: _Clock) -> tuple[float, float]:
+def attention_seconds(clock: Clock) -> tuple[float, float]:
     """Of one block, forward and backward."""
     inside = clock.micro_batch.inside
     moved = inside.attention_moved_bytes

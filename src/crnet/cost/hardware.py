@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 
 from crnet.config.check_tensor import parts_problems
+from crnet.config.model_spec import ModelSpec
 from crnet.cost.micro_batch import Precision
 from crnet.cost.stages import boundary_bytes, cut
 from crnet.cost.workload import Workload
 from crnet.errors import ConfigError
+from crnet.recompute.plan import RecomputePlan
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Device:
     """Of a kernel, on the device."""
     issue_s: float = 14e-6
     """Of an operation, on the host: an eager step takes no less."""
+    memory_gib: float = 0.0
+    """Of the data sheet; 0: unknown."""
+    link_bytes_per_s: float = 0.0
+    """To the other devices of its machine, one way: NVLink, or PCIe where there is none."""
+    network_bytes_per_s: float = 0.0
+    """To other machines, one way, a device's share: an assumption, the usual card of its kind."""
 
     def flops_per_s(self, precision: Precision) -> float:
         """The peak of the products of a run."""
@@ -48,23 +56,37 @@ def _reached(name: str, flops_per_s: float, bytes_per_s: float) -> Device:
     return Device(name, flops_per_s, flops_per_s, flops_per_s, bytes_per_s, **ones, **free)
 
 
+_NVLINK_4, _NVLINK_3, _PCIE_5, _PCIE_4 = 450e9, 300e9, 64e9, 32e9
+"""Bytes a second, one way: half of what data sheets give for both."""
+
+
+def _around(memory_gib: float, link_bytes_per_s: float, network_gbps: float) -> dict[str, float]:
+    """What a device has and what it hangs on."""
+    return {
+        "memory_gib": memory_gib,
+        "link_bytes_per_s": link_bytes_per_s,
+        "network_bytes_per_s": network_gbps * 1e9 / 8,
+    }
+
+
 DEVICES = {
     device.name: device
     for device in (
-        # Vendors' data sheets: dense bf16, TF32, fp32; memory. Devices whose sheets disagree are
-        # left out.
-        Device("a100-40g", 312e12, 156e12, 19.5e12, 1.555e12),
-        Device("a100-80g", 312e12, 156e12, 19.5e12, 2.039e12),
-        Device("a100-80g-pcie", 312e12, 156e12, 19.5e12, 1.935e12),
-        Device("h100", 989e12, 494e12, 67e12, 3.35e12),
-        Device("h100-pcie", 756e12, 378e12, 51e12, 2.0e12),
-        Device("h100-nvl", 835e12, 417e12, 60e12, 3.9e12),
-        Device("h200", 989e12, 494e12, 67e12, 4.8e12),
-        Device("l40s", 362e12, 183e12, 91.6e12, 0.864e12),
-        Device("l4", 121e12, 60e12, 30.3e12, 0.3e12),
-        Device("rtx-3090", 71e12, 35.6e12, 35.6e12, 0.936e12),
-        Device("rtx-4090", 165e12, 82.6e12, 82.6e12, 1.008e12),
-        Device("rtx-5090", 209.5e12, 104.8e12, 104.8e12, 1.792e12),
+        # Vendors' data sheets: dense bf16, TF32, fp32; memory's bytes a second, its GiB, links.
+        # Devices whose sheets disagree are left out. Behind the links, Gb/s a device to the
+        # network: as the vendor's own machines have them (400, 200), else one card of 100.
+        Device("a100-40g", 312e12, 156e12, 19.5e12, 1.555e12, **_around(40, _NVLINK_3, 200)),
+        Device("a100-80g", 312e12, 156e12, 19.5e12, 2.039e12, **_around(80, _NVLINK_3, 200)),
+        Device("a100-80g-pcie", 312e12, 156e12, 19.5e12, 1.935e12, **_around(80, _PCIE_4, 100)),
+        Device("h100", 989e12, 494e12, 67e12, 3.35e12, **_around(80, _NVLINK_4, 400)),
+        Device("h100-pcie", 756e12, 378e12, 51e12, 2.0e12, **_around(80, _PCIE_5, 100)),
+        Device("h100-nvl", 835e12, 417e12, 60e12, 3.9e12, **_around(94, _PCIE_5, 100)),
+        Device("h200", 989e12, 494e12, 67e12, 4.8e12, **_around(141, _NVLINK_4, 400)),
+        Device("l40s", 362e12, 183e12, 91.6e12, 0.864e12, **_around(48, _PCIE_4, 100)),
+        Device("l4", 121e12, 60e12, 30.3e12, 0.3e12, **_around(24, _PCIE_4, 100)),
+        Device("rtx-3090", 71e12, 35.6e12, 35.6e12, 0.936e12, **_around(24, _PCIE_4, 100)),
+        Device("rtx-4090", 165e12, 82.6e12, 82.6e12, 1.008e12, **_around(24, _PCIE_4, 100)),
+        Device("rtx-5090", 209.5e12, 104.8e12, 104.8e12, 1.792e12, **_around(32, _PCIE_5, 100)),
         # Two cores with AVX-512, fp32: what benchmarks/block_time.py reaches at full rank.
         _reached("cpu", 0.3e12, 20e9),
     )
@@ -125,21 +147,22 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
     """Bytes that one rank sends in one optimizer step, by kind of parallelism over ``ranks``.
 
     ``data``: gradients all-reduced in a ring, 2 (n - 1)/n of them. ``sharded``: weights gathered
-    for the forward and again for the backward pass of every micro-batch, gradients scattered,
-    (n - 1)/n each. ``pipeline``: what crosses one boundary between stages, the widest, all
-    micro-batches, once a pass (``boundary_passes``). With a carry from block to block that is the
-    stream and what blocks hand on (6 h + 2 f wide for CR-Net where keys are not grouped, eq. 48's
-    "communication dimension"), else the stream; left out where there are fewer blocks than ranks.
+    as they are stored, those of the blocks for the forward and again for the backward pass of every
+    micro-batch, the others once; gradients scattered every micro-batch, (n - 1)/n each.
+    ``pipeline``: what crosses one boundary between stages, the widest, all micro-batches, once a
+    pass (``boundary_passes``). With a carry from block to block that is the stream and what blocks
+    hand on (6 h + 2 f wide for CR-Net where keys are not grouped, eq. 48's "communication
+    dimension"), else the stream; left out where there are fewer blocks than ranks.
     ``tensor``: ``tensor_bytes``, all-reduced in a ring; left out where a model cannot be so split.
     """
     if ranks < 2:
         return {}
     micro_batch, states = work.micro_batch, work.state_bytes
     share, num_micro = (ranks - 1) / ranks, work.num_micro_batches
-    weights = states["weights"] // (2 if micro_batch.is_mixed else 1)
+    gathered = num_micro * sum(gathered_bytes(work).values())
     found = {
         "data": 2 * share * states["gradients"],
-        "sharded": share * (2 * num_micro * weights + states["gradients"]),
+        "sharded": share * (gathered + num_micro * states["gradients"]),
     }
     if ranks <= work.spec.num_layers:
         stages = cut(work.spec, ranks, micro_batch.length)
@@ -156,6 +179,16 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
     return found
 
 
+def gathered_bytes(work: Workload) -> dict[str, int]:
+    """Bytes of the weights that ``--parallel.shard`` gathers for one micro-batch, ``forward`` and
+    ``backward``: as they are stored (autocast comes after), embedding and head only once, for
+    fully_shard keeps what is outside the blocks until the backward pass is over."""
+    item = 4 if work.update is None else 2
+    sizes = {name: it.num_items * it.item_bytes(item) for name, it in work.spec.tensors.items()}
+    blocks = sum(size for name, size in sizes.items() if name.startswith("model.layers."))
+    return {"forward": sum(sizes.values()), "backward": blocks}
+
+
 def tensor_bytes(work: Workload) -> int:
     """Bytes that are summed between the processes of ``--parallel.tensor`` in one optimizer step,
     whatever their number.
@@ -165,8 +198,16 @@ def tensor_bytes(work: Workload) -> int:
     gradient of each input (h wide). ``block`` runs forward sums again that the backward pass reads.
     Once a step: gradients of what is whole everywhere and acts on split outputs (gains), the norm.
     """
-    spec, once_more = work.spec, work.plan.policy == "block"
-    widths = 0
+    micro_batch, spec = work.micro_batch, work.spec
+    widths = sum(summed_widths(spec, work.plan))
+    crossing = work.num_micro_batches * micro_batch.rows * micro_batch.compute_bytes * widths
+    summed = (spec.tensors[name] for name in spec.in_parts(0, 2).summed)
+    return crossing + sum(4 * tensor.num_items for tensor in summed if tensor.trained) + 4
+
+
+def summed_widths(spec: ModelSpec, plan: RecomputePlan) -> list[int]:
+    """The width of each tensor that ``tensor_bytes`` counts for a micro-batch, a sum each."""
+    once_more, widths = plan.policy == "block", []
     for block in spec.slots:
         inputs: dict[str, int] = {}
         for slot in block:
@@ -178,12 +219,9 @@ def tensor_bytes(work: Workload) -> int:
                 # A whole output that only leaves the block is read by nobody in it.
                 is_last = at == "edge" and slot.position == spec.architecture.writes[-1]
                 repeats = once_more and position.split == "rows" and not is_last
-                widths += width * (2 if repeats else 1)
-        widths += sum(inputs.values())
-    micro_batch = work.micro_batch
-    crossing = work.num_micro_batches * micro_batch.rows * micro_batch.compute_bytes * widths
-    summed = (spec.tensors[name] for name in spec.in_parts(0, 2).summed)
-    return crossing + sum(4 * tensor.num_items for tensor in summed if tensor.trained) + 4
+                widths += [width] * (2 if repeats else 1)
+        widths += inputs.values()
+    return widths
 
 
 def boundary_passes(work: Workload, bottom: int) -> int:

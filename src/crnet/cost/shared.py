@@ -24,6 +24,8 @@ class RankBytes:
     largest_owned: int
     """Bytes of the largest tensor that is whole here for a moment of every step. The step
     allocates three times as many, beside what the optimizer itself does."""
+    owned: int = 0
+    """Bytes of all tensors that are whole in a step on this process."""
 
 
 def bytes_of_rank(
@@ -57,7 +59,9 @@ def bytes_of_rank(
 
     held = state_bytes(list(parts.values()), optimizer, update, num_micro_batches)
     item_bytes = 4 if update is None else 2
+    sizes = [spec.num_items * spec.item_bytes(item_bytes) for spec in owned]
     return RankBytes(
         held | {"optimizer state": state(in_parts) + state(owned)},
-        max((spec.num_items * spec.item_bytes(item_bytes) for spec in owned), default=0),
+        max(sizes, default=0),
+        sum(sizes),
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from crnet.config.sections import ParallelConfig, num_stages
 from crnet.cost.kept import kept_outputs
-from crnet.cost.micro_batch import BlockBytes
+from crnet.cost.micro_batch import BlockBytes, MicroBatch
+from crnet.cost.shared import bytes_of_rank
 from crnet.cost.stages import Stage, boundary_bytes, cut, held, in_flight
-from crnet.cost.workload import Workload, state_bytes
+from crnet.cost.workload import Workload
 from crnet.recompute.plan import RecomputePlan, segments
 
 
@@ -17,7 +19,8 @@ def process_bytes(work: Workload, parallel: ParallelConfig) -> list[dict[str, in
 
     Args:
         work: of one share of the batch (``train.run.work_of_one``).
-    Returns: ``weights``, ``gradients``, ``optimizer state``: of the tensors of its stages, exact.
+    Returns: ``weights``, ``gradients``, ``optimizer state``: of the tensors of its stages, exact,
+        between two steps; of split stages what the first process of each has.
         ``activations``: what its stages keep for the micro-batches in flight, under the plan, where
         most are. ``buffers``: what torch's engine receives into: a boundary's tensors from below
         and gradients from above, for every micro-batch of a step and not for those in flight alone.
@@ -25,32 +28,50 @@ def process_bytes(work: Workload, parallel: ParallelConfig) -> list[dict[str, in
     """
     stages = cut(work.spec, num_stages(parallel), work.micro_batch.length)
     found = []
-    for process in range(parallel.pipeline):
+    for process, of_batches in enumerate(activation_bytes(work, parallel, stages)):
         mine = stages[process :: parallel.pipeline]
-        tensors = [work.spec.tensors[name] for name in held(work.spec, mine)]
-        bytes_of = state_bytes(tensors, work.optimizer, work.update, work.num_micro_batches)
-        bytes_of["activations"] = sum(
-            in_flight(stage, parallel.pipeline, work.num_micro_batches)
-            * kept_by_stage(work, stages, stage)
-            for stage in mine
-        )
-        bytes_of["buffers"] = work.num_micro_batches * sum(
-            boundary_bytes(work.micro_batch, bottom)
-            for stage in mine
-            for bottom in (stage.bottom, stage.top)
-            if 0 < bottom < work.spec.num_layers
-        )
-        found.append(bytes_of)
+        tensors = {name: work.spec.tensors[name] for name in sorted(held(work.spec, mine))}
+        how = work.optimizer, parallel, 0, work.update, work.num_micro_batches
+        found.append(bytes_of_rank(tensors, *how).held | of_batches)
     return found
 
 
-def kept_by_stage(work: Workload, stages: tuple[Stage, ...], stage: Stage) -> int:
-    """Bytes that a stage keeps of one micro-batch between its forward and backward pass; what it
+def activation_bytes(
+    work: Workload, parallel: ParallelConfig, stages: Sequence[Stage]
+) -> list[dict[str, int]]:
+    """``activations`` and ``buffers`` of each process, as ``process_bytes`` has them."""
+    found, kept = [], kept_by_stages(work, stages)
+    for process in range(parallel.pipeline):
+        mine = stages[process :: parallel.pipeline]
+        bounds = [idx for stage in mine for idx in (stage.bottom, stage.top)]
+        received = sum(
+            boundary_bytes(work.micro_batch, bottom)
+            for bottom in bounds
+            if 0 < bottom < work.spec.num_layers
+        )
+        activations = sum(
+            in_flight(stage, parallel.pipeline, work.num_micro_batches) * kept[stage.idx]
+            for stage in mine
+        )
+        buffers = work.num_micro_batches * received
+        found.append({"activations": activations, "buffers": buffers})
+    return found
+
+
+def kept_by_stages(work: Workload, stages: Sequence[Stage]) -> list[int]:
+    """Bytes that each stage keeps of one micro-batch between its forward and backward pass; what it
     received is in the buffers."""
-    micro_batch, spec = work.micro_batch, work.spec
     ends = {each.top for each in stages}
     plan = dataclasses.replace(work.plan, kept_layers=tuple({*work.plan.kept_layers, *ends}))
-    size, outputs = micro_batch.stream_size, kept_outputs(micro_batch, plan)
+    outputs = kept_outputs(work.micro_batch, plan)
+    return [_kept_by_stage(work.micro_batch, plan, outputs, stage) for stage in stages]
+
+
+def _kept_by_stage(
+    micro_batch: MicroBatch, plan: RecomputePlan, outputs: Sequence[int], stage: Stage
+) -> int:
+    """Bytes of one stage; ``outputs``: that each block keeps."""
+    spec, size = micro_batch.spec, micro_batch.stream_size
     blocks = micro_batch.blocks[stage.bottom : stage.top]
     total = sum(outputs[block.idx] + _inside(plan, block, size) for block in blocks)
     if plan.policy == "replay":
@@ -60,7 +81,7 @@ def kept_by_stage(work: Workload, stages: tuple[Stage, ...], stage: Stage) -> in
         total -= size  # the stream that enters: received
     if stage.is_first:
         total += 8 * micro_batch.rows
-        total += size if blocks[0].streams[0].keeps_writes else 0
+        total += size if micro_batch.blocks[0].streams[0].keeps_writes else 0
     if stage.is_last:
         shape, last = spec.shape, micro_batch.stream_work(spec.num_sublayers)
         total += size + last.kept_bytes + spec.architecture.last_norm_bytes(micro_batch.batch)

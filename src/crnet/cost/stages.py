@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from crnet.config.model_spec import ModelSpec
 from crnet.cost.micro_batch import MicroBatch
+from crnet.specs import TensorSpec
 
 Direction = Literal["forward", "backward"]
 """Of a pass through a stage."""
@@ -131,19 +132,26 @@ def _num_filled(parts: Sequence[int], most: int) -> int:
 def held(spec: ModelSpec, stages: Sequence[Stage]) -> frozenset[str]:
     """Full names of the tensors of some stages: of their blocks, around the blocks those of the
     embedding in the first, of the last read, norm and head in the last."""
-    found = set()
-    for name in spec.whole().tensors:
+    return frozenset(name for each in by_stage(stages, spec.whole().tensors) for name in each)
+
+
+def by_stage(
+    stages: Sequence[Stage], tensors: Mapping[str, TensorSpec]
+) -> list[dict[str, TensorSpec]]:
+    """Those of the tensors that each of some stages holds, as ``held`` says, by full name."""
+    of_block = {at: idx for idx, each in enumerate(stages) for at in range(each.bottom, each.top)}
+    first = next((idx for idx, stage in enumerate(stages) if stage.is_first), None)
+    last = next((idx for idx, stage in enumerate(stages) if stage.is_last), None)
+    found: list[dict[str, TensorSpec]] = [{} for _ in stages]
+    for name, tensor in tensors.items():
         words = name.split(".")
         if words[1] == "layers":
-            block = int(words[2])
-            mine = any(stage.bottom <= block < stage.top for stage in stages)
-        elif words[0] == "lm_head" or words[1] in AT_THE_END:
-            mine = any(stage.is_last for stage in stages)
+            idx = of_block.get(int(words[2]))
         else:
-            mine = any(stage.is_first for stage in stages)
-        if mine:
-            found.add(name)
-    return frozenset(found)
+            idx = last if words[0] == "lm_head" or words[1] in AT_THE_END else first
+        if idx is not None:
+            found[idx][name] = tensor
+    return found
 
 
 AT_THE_END = ("last_read", "norm")
@@ -197,8 +205,6 @@ def _interleaved(process: int, chunk: int, chunks: int, processes: int, number: 
     turn, total = chunks * processes, chunks * number
     ahead = min(total, (chunks - 1) * processes + 2 * (processes - process - 1))
     forward = [(step % turn) // processes for step in range(total)]
-    backward = [chunks - 1 - each for each in forward]
-    return [
-        forward[: step + 1].count(chunk) - backward[: max(0, step - ahead)].count(chunk)
-        for step in range(total)
-    ]
+    begun = list(itertools.accumulate(each == chunk for each in forward))
+    ended = list(itertools.accumulate(chunks - 1 - each == chunk for each in forward))
+    return [begun[step] - (ended[step - ahead - 1] if step > ahead else 0) for step in range(total)]

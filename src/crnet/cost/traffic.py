@@ -41,24 +41,20 @@ def backward_passes(micro_batch: MicroBatch, blocks: Iterable[BlockBytes]) -> Pa
 
 def cast_passes(micro_batch: MicroBatch, tensors: Iterable[TensorSpec]) -> Passes:
     """Of these weights: their casts, forward."""
-    found = Passes()
-    for tensor in tensors:
-        if micro_batch.is_mixed and _read_by_products(tensor):
-            found += in_each_way(6 * tensor.num_items, 1)
-    return found
+    sizes = [each.num_items for each in tensors if _read_by_products(each)]
+    return in_each_way(6 * sum(sizes), len(sizes)) if micro_batch.is_mixed else Passes()
 
 
 def gradient_passes(micro_batch: MicroBatch, tensors: Iterable[TensorSpec]) -> Passes:
     """Of these weights' gradients: their casts; added to those that are there."""
     item = 2 if micro_batch.precision == "bf16" else 4
-    found = Passes()
-    for tensor in tensors:
-        if tensor.trained:
-            found += in_each_way(3 * tensor.num_items * tensor.item_bytes(item), 1)
-            # The head's gradient is made in its own dtype.
-            if micro_batch.is_mixed and _read_by_products(tensor) and tensor.role != "head":
-                found += in_each_way(6 * tensor.num_items, 1)
-    return found
+    trained = [tensor for tensor in tensors if tensor.trained]
+    moved = sum(3 * tensor.num_items * tensor.item_bytes(item) for tensor in trained)
+    # The head's gradient is made in its own dtype.
+    cast = [each for each in trained if _read_by_products(each) and each.role != "head"]
+    cast = cast if micro_batch.is_mixed else []
+    moved += sum(6 * tensor.num_items for tensor in cast)
+    return in_each_way(moved, len(trained) + len(cast))
 
 
 def _read_by_products(tensor: TensorSpec) -> bool:

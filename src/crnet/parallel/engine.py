@@ -111,9 +111,10 @@ class Engine:
 
     @contextlib.contextmanager
     def _reducing(self, last: bool) -> Iterator[None]:
-        """Gradients cross to other processes with the last micro-batch alone."""
+        """Gradients cross between copies with the last micro-batch alone. Those of a split model
+        are scattered with every one: till the last, each process would have all of them whole."""
         if self.is_split:
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self.model.set_requires_all_reduce(last)  # type: ignore[operator]
         elif self._call is not self.model and not last:
             with self._call.no_sync():
                 yield
