@@ -323,7 +323,7 @@ def test_paper_tables_document_is_the_command(capsys: pytest.CaptureFixture[str]
 
 
 def test_cost_of_70b_is_answered_at_once():
-    """Without torch, in less than a second of a core (a third where nothing else runs)."""
+    """Without torch. The bound is several times what a quiet machine takes, a third of a second."""
     code = (
         "import sys; from crnet.__main__ import main\n"
         "try: main(sys.argv[1:])\n"
@@ -336,7 +336,7 @@ def test_cost_of_70b_is_answered_at_once():
         subprocess.run(words, check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(spent) < 1
+    assert min(spent) < 2
 
 
 def test_picture(tmp_path: Path):
