@@ -6,6 +6,7 @@ Nothing here imports the configuration: a command that needs none of it starts w
 from __future__ import annotations
 
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from crnet.errors import ConfigError
 from crnet.registry import FILE_PREFIX, plugins
 
 DEFAULT_PRESET = "tiny"
@@ -87,6 +89,23 @@ def print_json(value: Any) -> None:
     from crnet.config.serialize import to_json
 
     print(to_json(value, indent=1))
+
+
+def say_pictures(plot: Path, draw: Callable[[], Iterable[Path]]) -> None:
+    """Draw what ``--plot`` asks for, and name the files.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    try:
+        drawn = draw()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"--plot {plot}: cannot be written ({reason}); make room, or name another file"
+        ) from error
+    for file in drawn:
+        print(f"picture {file}", file=sys.stderr)
 
 
 def plugin_words() -> list[str]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset, print_json
+from crnet.cli.arguments import (
+    DEFAULT_PRESET,
+    Command,
+    ConfigFiles,
+    Json,
+    Preset,
+    print_json,
+    say_pictures,
+)
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
 from crnet.config.serialize import override
@@ -55,15 +62,7 @@ def cost(
     if plot is not None:
         from crnet.report import cost_plot
 
-        try:
-            drawn = cost_plot.plot(run_config, plot)
-        except OSError as error:
-            reason = error.strerror or error
-            raise ConfigError(
-                f"--plot {plot}: cannot be written ({reason}); make room, or name another file"
-            ) from error
-        for file in drawn:
-            print(f"picture {file}", file=sys.stderr)
+        say_pictures(plot, lambda: cost_plot.plot(run_config, plot))
 
 
 COMMAND = Command(cost, layers="run")

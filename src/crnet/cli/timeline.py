@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crnet.cli.arguments import DEFAULT_PRESET, Command, ConfigFiles, Json, Preset, print_json
+from crnet.cli.arguments import (
+    DEFAULT_PRESET,
+    Command,
+    ConfigFiles,
+    Json,
+    Preset,
+    print_json,
+    say_pictures,
+)
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
-from crnet.config.sections import num_shares
+from crnet.config.sections import share_of
 from crnet.config.serialize import override
 from crnet.errors import ConfigError
 
@@ -49,8 +56,7 @@ def timeline(
     run_config = settings.of(preset)
     check(run_config)
     on = hardware.device(device)
-    train: dict[str, Any] = {"batch_size": run_config.train.batch_size}
-    train["batch_size"] //= num_shares(run_config.parallel)
+    train: dict[str, Any] = {"batch_size": share_of(run_config)}
     if hardware.is_gpu(on) and run_config.train.device == "auto":
         train["device"] = "cuda"
     work = workload(override(run_config, train=train))
@@ -67,15 +73,7 @@ def timeline(
     if plot is not None:
         from crnet.report import timeline_plot
 
-        try:
-            drawn = timeline_plot.plot(line, title, plot)
-        except OSError as error:
-            reason = error.strerror or error
-            raise ConfigError(
-                f"--plot {plot}: cannot be written ({reason}); make room, or name another file"
-            ) from error
-        for file in drawn:
-            print(f"picture {file}", file=sys.stderr)
+        say_pictures(plot, lambda: timeline_plot.plot(line, title, plot))
 
 
 def _figures(line: Timeline, micro_batches: int) -> dict[str, Any]:

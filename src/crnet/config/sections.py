@@ -312,4 +312,9 @@ class RunConfig:
     parallel: ParallelConfig = ParallelConfig()
 
 
+def share_of(config: RunConfig) -> int:
+    """Sequences of a batch that one share of it has (``num_shares``)."""
+    return config.train.batch_size // num_shares(config.parallel)
+
+
 SECTIONS = ("model", "data", "optimizer", "train", "parallel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from crnet.config.check_tensor import parts_problems
@@ -11,7 +12,9 @@ from crnet.cost.micro_batch import Precision
 from crnet.cost.stages import boundary_bytes, cut
 from crnet.cost.workload import Workload
 from crnet.errors import ConfigError
+from crnet.optimizers._low_precision import Bf16Update
 from crnet.recompute.plan import RecomputePlan
+from crnet.specs import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
         return {}
     micro_batch, states = work.micro_batch, work.state_bytes
     share, num_micro = (ranks - 1) / ranks, work.num_micro_batches
-    gathered = num_micro * sum(gathered_bytes(work).values())
+    gathered = num_micro * sum(gathered_bytes(work.spec.tensors, work.update).values())
     found = {
         "data": 2 * share * states["gradients"],
         "sharded": share * (gathered + num_micro * states["gradients"]),
@@ -179,12 +182,12 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
     return found
 
 
-def gathered_bytes(work: Workload) -> dict[str, int]:
+def gathered_bytes(tensors: Mapping[str, TensorSpec], update: Bf16Update | None) -> dict[str, int]:
     """Bytes of the weights that ``--parallel.shard`` gathers for one micro-batch, ``forward`` and
     ``backward``: as they are stored (autocast comes after), embedding and head only once, for
     fully_shard keeps what is outside the blocks until the backward pass is over."""
-    item = 4 if work.update is None else 2
-    sizes = {name: it.num_items * it.item_bytes(item) for name, it in work.spec.tensors.items()}
+    item = 4 if update is None else 2
+    sizes = {name: it.num_items * it.item_bytes(item) for name, it in tensors.items()}
     blocks = sum(size for name, size in sizes.items() if name.startswith("model.layers."))
     return {"forward": sum(sizes.values()), "backward": blocks}
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from crnet.config.sections import ParallelConfig
 from crnet.cost.clock import clock_of, optimizer_seconds
 from crnet.cost.fleet import Fleet
-from crnet.cost.hardware import summed_widths
+from crnet.cost.hardware import gathered_bytes, summed_widths
 from crnet.cost.layout_memory import Held, Tensors
 from crnet.cost.stage_clock import Seconds
 from crnet.cost.stages import Stage, boundary_bytes, by_stage
@@ -170,13 +170,11 @@ def _crossing(
     reduce_s = fleet.sum_s(gradients, parallel.data, stride["data"], starts)
     if parallel.shard == 1:
         return Crossing(Seconds(0.0, 0.0), reduce_s)
-    item, among = 4 if work.update is None else 2, (parallel.shard, stride["shard"])
-    sizes = {name: each.num_items * each.item_bytes(item) for name, each in tensors.items()}
-    inside = {name: size for name, size in sizes.items() if ".layers." in name}
-    blocks, count = sum(inside.values()), len({name.split(".")[2] for name in inside})
+    gathered, among = gathered_bytes(tensors, work.update), (parallel.shard, stride["shard"])
+    count = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
     gather = Seconds(
-        fleet.gather_s(sum(sizes.values()), *among, count + 1),
-        fleet.gather_s(blocks, *among, count),
+        fleet.gather_s(gathered["forward"], *among, count + 1),
+        fleet.gather_s(gathered["backward"], *among, count),
     )
     scatter_s = fleet.gather_s(gradients * parallel.shard, *among, count + 1)
     if parallel.pipeline > 1:

@@ -22,9 +22,9 @@ from crnet.config.model_spec import ModelSpec
 from crnet.config.sections import (
     RunConfig,
     TrainConfig,
-    num_shares,
     options_of,
     settings_of,
+    share_of,
     update_of,
 )
 from crnet.config.serialize import override
@@ -185,11 +185,6 @@ def _take(run_dir: Path, held: contextlib.ExitStack) -> None:
 def work_of_one(config: RunConfig, device: torch.device) -> RunConfig:
     """What one process of a run computes."""
     return override(config, train={"device": str(device), "batch_size": share_of(config)})
-
-
-def share_of(config: RunConfig) -> int:
-    """Sequences of a batch that one process computes."""
-    return config.train.batch_size // num_shares(config.parallel)
 
 
 def _result(loop: Loop, record: Record, num_parameters: int) -> Result:
