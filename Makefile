@@ -3,11 +3,12 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SITE   ?= site
 # Threads that wait do not spin: they share the cores with each other and with the programs they test.
 QUIET  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow test-hostile test-gpu faults check lint types golden bench clean
+.PHONY: help demo test test-slow test-hostile test-gpu faults check lint types golden docs bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,11 +17,15 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "crnet needs Python 3.11 or newer; say make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(PIP) -e '.[plot]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/base.stamp
 	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/base.stamp
+	$(PIP) -e '.[docs]'
 	touch $@
 
 demo: $(VENV)/base.stamp  ## train CR-Net beside full rank, a few minutes on two cores
@@ -53,9 +58,12 @@ check: lint types test  ## what continuous integration runs
 golden: $(VENV)/dev.stamp  ## write the golden losses anew, after a change of computation that is meant
 	$(BIN)/python tests/golden.py
 
+docs: $(VENV)/docs.stamp  ## the pages as a site, in ./site
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . $(SITE)
+
 bench: $(VENV)/dev.stamp  ## time of a step and of the blocks, beside transformers and the plain formula
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/peers.py $(BENCH)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/block_time.py $(BENCH)
 
-clean:  ## remove the virtual environment and the caches of the tools
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove the virtual environment, the site and the caches of the tools
+	rm -rf $(VENV) $(SITE) .pytest_cache .ruff_cache .hypothesis

@@ -36,10 +36,11 @@ from typing import Any
 
 import torch
 
-from crnet.cli.environment import MALLOC, num_cores
+from crnet.cli.environment import MALLOC
 from crnet.config import presets
 from crnet.config.model_spec import model_spec
 from crnet.config.serialize import override
+from crnet.parallel.cores import num_cores
 from crnet.storage.checkpoint import Progress
 from crnet.storage.manifest import VARIABLES, describe_code, describe_device
 from crnet.train.run import make_step

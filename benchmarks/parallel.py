@@ -15,21 +15,17 @@ JSON: benchmark, date, command, options, processor, cores, code, load, sides.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from heading import heading, write
 
-from crnet.cli.environment import num_cores
 from crnet.storage import metrics
-from crnet.storage.manifest import describe_code, describe_device
 
 SIDES: dict[str, list[str]] = {
     "one process, two threads": ["--train.threads", "2"],
@@ -109,19 +105,7 @@ def main() -> None:
             f"{side:26}{figures['tokens_per_s']:>10,.0f} tokens/s {ratio:>6.2f} "
             f"{figures['peak_mib']:>7,} MiB   {figures['val_loss']:.5f}"
         )
-    report = {
-        "benchmark": "parallel",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "options": {key: value for key, value in vars(given).items() if key != "out"},
-        "processor": describe_device(torch.device("cpu")),
-        "cores": num_cores(),
-        "code": describe_code(),
-        "load": load,
-        "sides": sides,
-    }
-    if given.out:
-        given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(heading("parallel", given) | {"load": load, "sides": sides}, given.out)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from heading import heading, write
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
-from crnet.cli.environment import num_cores
 from crnet.config import presets
 from crnet.config.model_spec import model_spec
 from crnet.config.sections import RunConfig
@@ -54,8 +54,8 @@ from crnet.cost.timeline import Timeline, equal_bubble, simulate
 from crnet.cost.workload import resolved
 from crnet.model.build import build
 from crnet.parallel import pipeline
+from crnet.parallel.cores import num_cores
 from crnet.parallel.world import World, joined
-from crnet.storage.manifest import describe_code, describe_device
 from crnet.train.run import make_engine
 
 SCHEDULES = ("1f1b", "interleaved")
@@ -352,19 +352,10 @@ def main() -> None:
         shown = [made["equal_stages"]] + [made[of]["bubble_frac"] for of in
                  ("simulated", "sending", "passes", "measured")]  # fmt: skip
         print(f"{name:36}" + "".join(f"{each:>9.3f}" for each in shown))
-    report = {
-        "benchmark": "pipeline_bubble",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "options": {k: v for k, v in vars(given).items() if k not in ("out", "inside")},
-        "processor": describe_device(torch.device("cpu")),
-        "cores": num_cores(),
-        "code": describe_code(),
-        "load": load,
-        "cases": cases,
-    }
-    if given.out:
-        given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(
+        heading("pipeline_bubble", given, hidden=("inside",)) | {"load": load, "cases": cases},
+        given.out,
+    )
 
 
 if __name__ == "__main__":

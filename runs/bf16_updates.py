@@ -8,8 +8,9 @@ Every run trains CR-Net in the same shape on the same rows in the same order; on
 ``still``: names of trained tensors that end as they began, to the bit; ``still_at_1``: items that
 began at 1 and are still 1, of how many.
 
-JSON bf16_updates: by name step, val_loss, val_perplexity, val_tokens, val_precision, tokens,
-tokens_per_s_median, beta, state_bytes, still, still_at_1.
+JSON bf16_updates: by name step, val_loss, val_perplexity, val_bits_per_byte, val_accuracy,
+val_tokens, val_bytes, val_precision, tokens, tokens_per_s_median, beta, state_bytes, still,
+still_at_1.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 Each candidate trains the same shape on the same rows in the same order; only the initial values
 differ. Writes OUT/initial_values.json and prints the table for LOG.md.
 
-JSON initial_values: by name step, val_loss, val_perplexity, val_tokens, val_precision, tokens,
-tokens_per_s_median, beta.
+JSON initial_values: by name step, val_loss, val_perplexity, val_bits_per_byte, val_accuracy,
+val_tokens, val_bytes, val_precision, tokens, tokens_per_s_median, beta.
 """
 
 from __future__ import annotations

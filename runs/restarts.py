@@ -20,19 +20,16 @@ JSON restarts: date, code, device, corpus, words, models, runs.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import small_study
 import sweep
-import torch
+from small_study import SEEDS, block_parameters, blocks_flops, corpus, run_name
 
-from crnet.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
-from crnet.cost.flops import block_flops
-from crnet.cost.workload import Workload, workload
+from crnet.config.sections import ModelConfig
 from crnet.linears.crnet import CRNetOptions
-from crnet.storage.manifest import describe_code, describe_device
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 192, "num_layers": 8, "num_heads": 2}
 QUICK_SHAPE = sweep.QUICK_SHAPE | {"num_layers": 8}
@@ -40,16 +37,8 @@ STAGES = {"no restart": 1, "middle": 2, "quarters": 4}
 """By model, the stages that its restarts are for."""
 RAISED = {"raised rank": "middle", "raised more": "quarters"}
 """Without restarts, at the ranks that give as many parameters as another model has."""
-SEEDS = (0, 1)
-ROWS, LENGTH = 16, 128
-COMMON = (
-    f"--data.vocab-size 1024 --data.sequence-length {LENGTH} --data.validation-tokens 131072 "
-    f"--train.steps 1000 --train.batch-size {ROWS} --train.threads 1 --train.device cpu "
-    "--train.eval-every-steps 0 --train.save-every-steps 50 --train.keep-checkpoints 1"
-).split()
+COMMON = small_study.common_words(save_every=50, steps=1000)
 QUICK = [*sweep.QUICK_COMMON, "--train.steps=1"]
-DOCUMENTS = ["--data.max-documents", "10000"]
-"""Of the abstracts: more than the runs read."""
 
 
 def models(shape: Mapping[str, int], rank: int) -> dict[str, ModelConfig]:
@@ -75,25 +64,6 @@ def raised(shape: Mapping[str, int], rank: int, wanted: int) -> str:
     return ",".join(str(rank + (steps + idx) // num_open) for idx in range(num_open))
 
 
-def asked(config: ModelConfig) -> Workload:
-    """A step of the study's batch."""
-    data, train = DataConfig(sequence_length=LENGTH), TrainConfig(batch_size=ROWS, device="cpu")
-    return workload(RunConfig(model=config, data=data, train=train))
-
-
-def block_parameters(config: ModelConfig) -> int:
-    """Parameters of all blocks' linear maps, gains among them."""
-    spec = asked(config).spec
-    maps = [spec.map_tensors(slot) for block in spec.slots for slot in block]
-    return sum(tensor.num_items for tensors in maps for tensor in tensors.values())
-
-
-def blocks_flops(config: ModelConfig) -> int:
-    """Forward and backward, of a micro-batch."""
-    work = asked(config)
-    return sum(block_flops(work.micro_batch, work.plan).values())
-
-
 def described(compared: Mapping[str, ModelConfig]) -> dict[str, dict[str, Any]]:
     """The closed forms, by model."""
     plain = blocks_flops(compared["no restart"])
@@ -114,11 +84,6 @@ def words(config: ModelConfig, shape: Mapping[str, int], seed: int) -> list[str]
     if config.crnet.restarts:
         told.append(f"--model.crnet.restarts={config.crnet.restarts}")
     return [*told, f"--train.seed={seed}"]
-
-
-def run_name(name: str, seed: int) -> str:
-    """The folder of one run."""
-    return f"{name.replace(' ', '-')}-seed{seed}"
 
 
 def table(report: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
@@ -144,11 +109,6 @@ def table(report: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
     return lines
 
 
-def corpus(folder: Path | None, out: Path) -> list[str]:
-    """Words that name it."""
-    return [] if folder is None else [*sweep.abstracts(folder, out), *DOCUMENTS]
-
-
 def main() -> None:
     parser = sweep.make_parser(__doc__)
     parser.add_argument("--abstracts", type=Path, help="folder of the arXiv abstracts")
@@ -165,15 +125,7 @@ def main() -> None:
         for seed in seeds
         for name, config in compared.items()
     }
-    report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "code": describe_code(),
-        "device": describe_device(torch.device("cpu")),
-        "corpus": "arXiv abstracts" if given.abstracts else named or "default",
-        "words": common,
-        "models": described(compared),
-        "runs": sweep.run_all(specs, given.out, given.jobs),
-    }
+    report = small_study.study(given, common, named, described(compared), specs)
     sweep.write_report(given.out / "restarts.json", report)
     print("\n".join(table(report, seeds)))
 

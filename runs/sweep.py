@@ -9,8 +9,8 @@ run that was begun with others is refused: its figures would pass for those of t
 that was interrupted goes on from its last checkpoint, so a sweep can be stopped (Ctrl-C, SIGTERM:
 the runs save, no other begins) and started at will.
 
-JSON sweep: by name step, val_loss, val_perplexity, val_tokens, val_precision, tokens,
-tokens_per_s_median, beta.
+JSON sweep: by name step, val_loss, val_perplexity, val_bits_per_byte, val_accuracy,
+val_tokens, val_bytes, val_precision, tokens, tokens_per_s_median, beta.
 """
 
 from __future__ import annotations
@@ -156,11 +156,14 @@ def final_evaluation(folder: Path) -> dict | None:
 
 
 def beta_range(weights: Path) -> list[float] | None:
-    """Smallest, median and largest beta of a checkpoint; None where it has none."""
+    """Smallest, median and largest beta of a checkpoint; None where it has none, or an adapter."""
     from safetensors import safe_open
 
+    if not weights.exists():
+        return None
     with safe_open(weights, framework="pt") as file:
-        betas = sorted(float(file.get_tensor(n)) for n in file.keys() if n.endswith(".beta"))  # noqa: SIM118
+        names = [name for name in file.keys() if name.endswith(".beta")]  # noqa: SIM118
+        betas = sorted(each for name in names for each in file.get_tensor(name).flatten().tolist())
     return [betas[0], betas[len(betas) // 2], betas[-1]] if betas else None
 
 

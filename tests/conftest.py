@@ -11,6 +11,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,3 +44,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     path.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:40_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Folders of two finished runs, of CR-Net and of full rank; only to be read."""
+    from test_train import run, tiny
+
+    folder = tmp_path_factory.mktemp("runs")
+    for linear in ("crnet", "full"):
+        run(tiny(corpus, model={"linear": linear}), folder / linear)
+    return [folder / "crnet", folder / "full"]
+
+
+@pytest.fixture(scope="session")
+def gathered(runs: list[Path]) -> dict[str, Any]:
+    """What ``crnet report`` shows of them."""
+    from crnet.report.gather import gather
+
+    return gather(runs)

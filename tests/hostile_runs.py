@@ -44,11 +44,22 @@ def json_words(command: str, bench: Bench) -> list[str]:
         "cost": ["cost", *SMALL.split()],
         "profile": ["profile", *SMALL.split(), "--train.batch-size=2", "--rounds=1"],
         "plan": ["plan", "--flops-frac", "0.5"],
-        "timeline": ["timeline", *SMALL.split(), "--parallel.pipeline=2"],
+        "timeline": [
+            *("timeline", *SMALL.split()),
+            *("--parallel.pipeline=2", "--train.micro-batch-size=2"),
+        ],
         "prepare": ["prepare", *TINY[10:20], "--data.source", str(bench.corpus)],
         "evaluate": ["evaluate", run],
         "generate": ["generate", run, "--max-tokens", "5"],
+        "observe": ["observe", run],
         "consolidate": ["consolidate", run, "--out", str(bench.folder / "handed on")],
+        "export": ["export", run, "--out", str(bench.folder / "exported")],
+        "finetune": [
+            *("finetune", run, "--data.source", str(bench.corpus), *TINY[10:20]),
+            *("--train.epochs", "1", "--out", str(bench.folder / "tuned")),
+        ],
+        "report": ["report", run, "--no-samples", "--out", str(bench.folder / "page.html")],
+        "protocol": ["protocol", "paper/llama-60m"],
         "list": ["list"],
         "paper": ["paper", "2"],
         "check-plugin": ["check-plugin", str(Path(__file__).parent / "no_plugin.py")],
@@ -71,7 +82,7 @@ def commands() -> list[str]:
     return list(COMMANDS)
 
 
-for command in commands():
+for command in sorted(set(commands()) - {"watch"}):  # a picture in the terminal
     TABLE.append(Attempt("streams", f"{command} --json", partial(try_json, command)))
 
 
@@ -396,7 +407,8 @@ def _(bench: Bench) -> None:
     if codes not in ([0, 2], [0, 0]):  # the second may come when the first is done
         raise Unexpected(f"exit codes {codes}")
     bench.call(*bench.tiny("alone"), "--train.steps=60").ends(0)
-    steps = [json.loads(x)["step"] for x in (bench.folder / "both/metrics.jsonl").open()]
+    lines = (bench.folder / "both/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     if steps != sorted(steps):
         raise Unexpected(f"rows of two runs: {steps}")
 
@@ -483,8 +495,12 @@ def _(bench: Bench) -> None:
     same_weights(run, bench.folder / "whole", STEPS)
     rows = [
         [
-            {key: value for key, value in json.loads(line).items() if key != "tokens_per_s"}
-            for line in (folder / "metrics.jsonl").open()
+            {
+                key: value
+                for key, value in json.loads(line).items()
+                if key not in ("tokens_per_s", "peak_bytes")
+            }
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
         ]
         for folder in (run, bench.folder / "whole")
     ]

@@ -107,6 +107,10 @@ def of_command(command: str, bench: Bench) -> list[Any]:
     small += ["--model.num-layers", "2", "--model.num-heads", "2", "--model.rank", "4"]
     if command == "demo":
         return ["demo", "--quick", "--out", bench.folder / f"demo-{len(bench.outcomes)}"]
+    if command == "evaluate":
+        return [*on_trained("evaluate", bench), "--protocol", "sliding"]
+    if command == "watch":
+        return [*on_trained("watch", bench), "--once"]
     if command == "profile":
         small += ["--data.sequence-length", "16", "--data.vocab-size", "300"]
     return [command, *small]

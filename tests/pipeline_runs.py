@@ -106,7 +106,7 @@ def watched(name: str) -> Iterator[Seen]:
 
     with (
         mock.patch.object(*FAULTS[name]) if name in FAULTS else contextlib.nullcontext(),
-        mock.patch.object(training, "plot_losses"),  # a third of the time
+        mock.patch.object(training, "loss_picture"),  # a third of the time
         mock.patch.object(training, "make_engine", make),
         mock.patch.object(torch.distributed, "reduce_scatter_single", scatter),
         mock.patch.object(PipelineStage, "forward_one_chunk", compute),

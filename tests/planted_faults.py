@@ -59,15 +59,99 @@ def fault(name: str, file: str, text: str, replacement: str, *tests: str) -> Fau
 
 
 FORMULA = "test_linears_methods.py::test_formula"
+VARIANTS = "test_methods_crnet.py::"
 EQUATIONS = "test_model.py::test_equals_the_equations"
 DECODING = "test_architectures.py::test_logits_with_a_cache_are_those_without"
 EXACT = "test_architectures.py::test_exact_policies_agree_to_the_bit"
 EVALUATION = "test_train.py::test_evaluation_is_the_mean_over_tokens"
 RESUMED = "test_checkpoint.py::test_died_between_checkpoints_and_resumed"
 PARTS = "test_tensor.py::test_as_one_process"
+CROSS = "test_methods_cross_layer.py"
 COST = "test_cost.py::test_kept_bytes_and_flops_are_exact"
 
 FAULTS = [
+    # Experts.
+    fault(
+        "an expert's own maps carry",
+        "linears/crnet/__init__.py",
+        "if slot.expert is not None:",
+        "if slot.expert is not None and slot.expert.idx:",
+        "test_methods_experts.py::test_what_crnet_has_of_a_layer_of_experts",
+    ),
+    fault(
+        "the layer of experts carries nothing",
+        "kernels/carried.py",
+        "return scaled(carry_BTF, gain_1).add_(y_BTF)",
+        "return y_BTF.clone()",
+        "test_methods_experts.py::test_logits_and_gradients_are_those_of_the_formula",
+    ),
+    fault(
+        "rows come back to other tokens",
+        "kernels/experts.py",
+        "dx_MKD = dx_SD.index_select(0, back_S)",
+        "dx_MKD = dx_SD.index_select(0, back_S.flip(0))",
+        "test_methods_experts.py::test_rows_come_back_where_they_were",
+    ),
+    fault(
+        "the router under autocast",
+        "kernels/experts.py",
+        """        with torch.autocast(x_BTD.device.type, enabled=False):
+            logits_ME""",
+        """        with torch.autocast(x_BTD.device.type, enabled=True):
+            logits_ME""",
+        "test_methods_experts.py::test_the_router_is_fp32_whatever_the_precision",
+    ),
+    fault(
+        "weights that add up to 1, differentiated as if they did not",
+        "kernels/experts.py",
+        "dtop_MK = (dweights_MK - along_M1) / total_M1",
+        "dtop_MK = dweights_MK / total_M1",
+        "test_methods_experts.py::test_routing_is_its_formula",
+    ),
+    fault(
+        "evenness over the whole micro-batch",
+        "kernels/experts.py",
+        "dshares_BE = counts_BE * (",
+        "dshares_BE = counts_BE.mean(0, keepdim=True).expand_as(counts_BE) * (",
+        "test_methods_experts.py::test_a_step_does_not_hang_on_the_micro_batch",
+    ),
+    fault(
+        "idle experts counted as active",
+        "cost/parameters.py",
+        "slot.expert.idx >= slot.expert.active",
+        "slot.expert.idx > slot.expert.active",
+        "test_methods_experts.py::test_table_7_has_the_papers_parameters",
+    ),
+    # Attention's options.
+    fault(
+        "a window one token wider",
+        "layers/cache.py",
+        "num_seen - num_new - window + 1",
+        "num_seen - num_new - window",
+        "test_methods_attention.py::test_attention_is_its_formula",
+    ),
+    fault(
+        "one new token misses the oldest of its window",
+        "layers/attention.py",
+        "k_BKSH, v_BKSH = k_BKSH[:, :, -self.window :], v_BKSH[:, :, -self.window :]",
+        "k_BKSH, v_BKSH = k_BKSH[:, :, 1 - self.window :], v_BKSH[:, :, 1 - self.window :]",
+        "test_methods_attention.py::test_a_cache_gives_the_windows_of_the_whole_row",
+    ),
+    fault(
+        "heads normed after the rotation",
+        "layers/attention.py",
+        """            if (norm := norms.get(position)) is not None:
+                y_BTNH = norm(y_BTNH)
+            if tables is not None and position != "v":
+                y_BTNH = rotate(y_BTNH, *tables)
+""",
+        """            if tables is not None and position != "v":
+                y_BTNH = rotate(y_BTNH, *tables)
+            if (norm := norms.get(position)) is not None:
+                y_BTNH = norm(y_BTNH)
+""",
+        "test_methods_attention.py::test_attention_is_its_formula",
+    ),
     # Kernels.
     fault(
         "carry's gradient without the gain",
@@ -128,7 +212,7 @@ FAULTS = [
     fault(
         "ignored targets get a gradient",
         "kernels/loss.py",
-        "torch.mm(slope_CV, weight_VD, out=dx_CD).masked_fill_(~kept_C1, 0)",
+        "torch.mm(slope_CV, weight_VD, out=dx_CD).masked_fill_(ignored_C1, 0)",
         "torch.mm(slope_CV, weight_VD, out=dx_CD)",
         "test_kernels.py::test_ignored_rows_get_exactly_no_gradient",
     ),
@@ -151,9 +235,44 @@ FAULTS = [
     fault(
         "invert divides by a gain that is off",
         "linears/crnet/module.py",
-        "return carry_from(output_BTF, bottleneck, self.B, gain(self.beta))",
-        "return carry_from(output_BTF, bottleneck, self.B, 1.01 * gain(self.beta))",
+        "return carry_from(output_BTF, *self._halves(bottleneck), self._gain(self.beta))",
+        "return carry_from(output_BTF, *self._halves(bottleneck), 1.01 * self._gain(self.beta))",
         "test_architectures.py::test_invert_agrees",
+    ),
+    fault(
+        "a gain for each column gets another's gradient",
+        "kernels/carried.py",
+        "dgain_F = (dy_MF * carry_MF).sum(0, dtype=dtype)",
+        "dgain_F = (dy_MF * carry_MF).sum(0, dtype=dtype).flip(0)",
+        f"{VARIANTS}test_formula",
+    ),
+    fault(
+        "a bottleneck's norm without what lies along it",
+        "kernels/bottleneck.py",
+        "torch.addcmul(dunit, unit, along, value=-1).mul_(inverse)",
+        "(dunit * inverse)",
+        f"{VARIANTS}test_formula",
+    ),
+    fault(
+        "balancing forgets the repeated bottleneck",
+        "linears/crnet/module.py",
+        "self.B.copy_(b_RF - (outer_RF - self.B.double()))",
+        "self.B.copy_(b_RF)",
+        f"{VARIANTS}test_refactoring_changes_no_output",
+    ),
+    fault(
+        "a gain's warm-up goes twice as fast",
+        "linears/crnet/module.py",
+        "self.done.add_(1)",
+        "self.done.add_(2)",
+        f"{VARIANTS}test_the_gain_warms_up",
+    ),
+    fault(
+        "a position without a carry gets one",
+        "linears/crnet/__init__.py",
+        "(carried is None or slot.position in carried)",
+        "(carried is None or bool(carried))",
+        f"{VARIANTS}test_carries",
     ),
     fault(
         "a carry of the first block is that of the block below",
@@ -164,9 +283,73 @@ FAULTS = [
     ),
     fault(
         "SiLU's slope at the wrong place in CoLA",
-        "linears/cola/module.py",
-        "torch.ops.aten.silu_backward(dy_MF @ b_RF.T, z_MR)",
-        "torch.ops.aten.silu_backward(dy_MF @ b_RF.T, silu(z_MR))",
+        "linears/_activated.py",
+        "torch.ops.aten.silu_backward(dz_MR, z_MR)",
+        "torch.ops.aten.silu_backward(dz_MR, silu(z_MR))",
+        FORMULA,
+    ),
+    fault(
+        "the repeated bottleneck starts a row late",
+        "linears/_maps.py",
+        "(out_size + copies, 1))",
+        "(out_size + copies, 1), copies)",
+        "test_methods_factored.py::test_duplicated",
+        FORMULA,
+    ),
+    fault(
+        "DLR's gradient of the bottleneck without the repetition",
+        "linears/_activated.py",
+        "dz_MR = dy_MF @ duplicated(b_RF, ctx.alpha).T",
+        "dz_MR = dy_MF @ b_RF.T",
+        FORMULA,
+    ),
+    fault(
+        "LORO's rate over the input's width everywhere",
+        "linears/loro.py",
+        'WRITES = ("o", "down")',
+        'WRITES = ("o",)',
+        "test_methods_factored.py::test_loro_rates_and_values",
+    ),
+    fault(
+        "LOST's input takes its columns' gradient unscaled",
+        "linears/lost/module.py",
+        "(c_FS.T @ dy_MF.T).T, alpha=1 - gamma)",
+        "(c_FS.T @ dy_MF.T).T)",
+        FORMULA,
+    ),
+    fault(
+        "LOST chooses channels by the top triples",
+        "linears/lost/module.py",
+        "behind = slice(rank, None if",
+        "behind = slice(0, None if",
+        "test_methods_factored.py::test_lost_begins_in_one_matrix",
+    ),
+    fault(
+        "FOSL's copies hand no gradient down",
+        "linears/fosl/module.py",
+        "du_MS.index_add_(1, part, columns)",
+        "du_MS.index_add_(1, part, columns, alpha=0)",
+        FORMULA,
+    ),
+    fault(
+        "FOSL's copies are not scaled for their number",
+        "linears/fosl/__init__.py",
+        "index.bincount(minlength=width).float().rsqrt()",
+        "index.bincount(minlength=width).float() * 0 + 1",
+        "test_methods_factored.py::test_fosl_copies",
+    ),
+    fault(
+        "BLAST's factor has the gradient of the last rows alone",
+        "linears/blast/module.py",
+        "torch.addmm(output, latent_RNM[:, idx], other, beta=1 - is_first, out=output)",
+        "torch.addmm(output, latent_RNM[:, idx], other, beta=0, out=output)",
+        "test_methods_factored.py::test_blast_takes_rows_in_turns",
+    ),
+    fault(
+        "BLAST mixes its bottlenecks transposed",
+        "linears/blast/module.py",
+        "dz_RNM = torch.bmm(s_RNN.transpose(1, 2), dw_RNM)",
+        "dz_RNM = torch.bmm(s_RNN, dw_RNM)",
         FORMULA,
     ),
     fault(
@@ -177,11 +360,102 @@ FAULTS = [
         FORMULA,
     ),
     fault(
+        "a shared matrix's gradient has the update's scale",
+        "linears/lora/module.py",
+        "dweight_FD = dy_MF.T @ x_MD if wants_weight else None",
+        "dweight_FD = (dy_MF.T @ x_MD).mul_(ctx.scale) if wants_weight else None",
+        f"{CROSS}::test_a_shared_map_is_its_formula",
+    ),
+    fault(
+        "changes of a shared matrix pass unseen",
+        "layers/block.py",
+        "return [*self.parameters(), *itertools.chain(*shared)]",
+        "return list(self.parameters())",
+        f"{CROSS}::test_a_shared_matrix_that_changes_is_found_out",
+    ),
+    fault(
         "ReLoRA merges without the scale",
         "linears/lora/module.py",
         "torch.addmm(weight_FD, b_RF.T, a_DR.T, alpha=self.scale)",
         "torch.addmm(weight_FD, b_RF.T, a_DR.T)",
         "test_linears_methods.py::test_relora_merge",
+    ),
+    fault(
+        "a reset keeps the smallest moments",
+        "optimizers/__init__.py",
+        "whole.abs().flatten().topk(round(kept_frac * whole.numel()))",
+        "whole.abs().flatten().topk(round(kept_frac * whole.numel()), largest=False)",
+        "test_methods_events.py::test_the_largest_moments_stay",
+    ),
+    fault(
+        "a run from full-rank weights has biases of its own",
+        "train/start.py",
+        """if f"{owner}.{name}" not in weights""",
+        """if name != "weight\"""",
+        "test_methods_events.py::test_a_bias_begins_as_it_was_trained",
+    ),
+    fault(
+        "refactored factors are not balanced",
+        "linears/_maps.py",
+        "(left_DK @ inner_KN) * root_N, root_N[:, None] * (inner_NL @ right_FL.T)",
+        "(left_DK @ inner_KN) * values_N, inner_NL @ right_FL.T",
+        "test_methods_events.py::test_refactored",
+    ),
+    fault(
+        "SwitchLoRA's exchange is not in the frozen matrix",
+        "linears/lora/switch.py",
+        "out_NF.T, in_ND, alpha=self.scale",
+        "out_NF.T, in_ND, alpha=0",
+        "test_methods_events.py::test_switchlora_exchanges_leave_the_function",
+    ),
+    fault(
+        "SwitchLoRA's held vectors train",
+        "linears/lora/switch.py",
+        "is_free = held_R == 0",
+        "is_free = held_R >= 0",
+        "test_methods_events.py::test_switchlora_holds_a_counterpart_for_five_steps",
+    ),
+    fault(
+        "columns are forgotten as rows",
+        "optimizers/__init__.py",
+        "chosen.index_fill_(forget.dim, ",
+        "chosen.index_fill_(0, ",
+        "test_methods_events.py::test_rows_or_columns_are_forgotten",
+    ),
+    fault(
+        "SST's vectors take the true gradient",
+        "linears/sst/module.py",
+        "da_DR = along_DK.index_select(1, index_R)",
+        "da_DR = (along_DK * s_K).index_select(1, index_R)",
+        "test_linears_methods.py::test_formula[sst]",
+    ),
+    fault(
+        "SST's trained vectors never reach the matrix",
+        "linears/sst/module.py",
+        "self.V.index_copy_(1, self.index.long(), self.A)",
+        "self.V.index_copy(1, self.index.long(), self.A)",
+        "test_methods_events.py::test_sst_after_a_step",
+    ),
+    fault(
+        "RSO's restart loses the update",
+        "linears/rso/module.py",
+        "self.weight.copy_(self._sum())",
+        "self._sum()",
+        "test_methods_events.py::test_rso_restart",
+    ),
+    fault(
+        "RSO's input has no gradient through its subspace",
+        "linears/rso/module.py",
+        "dx_BTD = unrows(torch.addmm(dx_MD, dz_MR, p_DR.T, out=dx_MD), dy_BTF)",
+        "dx_BTD = unrows(dx_MD, dy_BTF)",
+        FORMULA,
+    ),
+    fault(
+        "an optimizer that restarts goes on counting",
+        "optimizers/__init__.py",
+        'state["step"] = state["step"] * 0',
+        'state["step"] = state["step"] * 1',
+        "test_methods_events.py::test_rso_begins_its_optimizer_anew",
     ),
     fault(
         "SLTrain's values take the transposed gradient",
@@ -226,6 +500,13 @@ FAULTS = [
         FORMULA,
     ),
     fault(
+        "LaX's norm takes the gradient of its output for that of its input",
+        "linears/lax/module.py",
+        "dcarry_MR, dgate, dshift_R = found",
+        "_, dgate, dshift_R = found",
+        FORMULA,
+    ),
+    fault(
         "Value ResFormer mixes its gains up",
         "linears/value_resformer/module.py",
         "unrows(dy_MF * gain1, x_BTD)",
@@ -239,13 +520,41 @@ FAULTS = [
         "",
         "test_streams.py::test_average_gradcheck",
     ),
+    fault(
+        "DenseFormer mixes sums in place of outputs",
+        "streams/denseformer/module.py",
+        "return (x_BTD, *(every[idx] for idx in self.keeps))",
+        "return (x_BTD, *([*held, x_BTD][idx] for idx in self.keeps))",
+        f"{CROSS}::test_denseformer_is_its_formula",
+    ),
+    fault(
+        "DenseFormer's weights take one another's gradients",
+        "streams/denseformer/module.py",
+        "torch.stack(others).to(others_S.dtype)",
+        "torch.stack(others[::-1]).to(others_S.dtype)",
+        f"{CROSS}::test_mix_gradcheck",
+    ),
+    fault(
+        "a group of Attention Residuals is its latest output",
+        "streams/attnres/module.py",
+        "state[-1] + y_BTD) if self.adds",
+        "y_BTD) if self.adds",
+        f"{CROSS}::test_groups_of_attention_residuals_are_their_formula",
+    ),
     # Layers and the model.
     fault(
         "attention looks ahead",
         "layers/attention.py",
-        "mask, is_causal = None, True",
-        "mask, is_causal = None, False",
+        "mask, is_causal=is_causal, enable_gqa",
+        "mask, is_causal=False, enable_gqa",
         "test_architectures.py::test_causal",
+    ),
+    fault(
+        "attention looks ahead a little, among experts",
+        "layers/attention.py",
+        "        q_BNTH, k_BKSH, v_BKSH, mask, is_causal=is_causal",
+        "        q_BNTH, k_BKSH, v_BKSH + 1e-6 * v_BKSH.mean(2, True), mask, is_causal=is_causal",
+        "test_architectures.py::test_causal[qwen3-moe-full]",
     ),
     fault(
         "values are rotated",
@@ -334,6 +643,55 @@ FAULTS = [
     ),
     # Cost.
     fault(
+        "VeLoRA's gradient without its scale",
+        "linears/velora/module.py",
+        "(ctx.scale * d_S)",
+        "(1.0 * d_S)",
+        "test_methods_velora.py::test_the_gradient_of_the_weight_is_that_of_the_plain_formula",
+    ),
+    fault(
+        "VeLoRA's direction is as long as it comes",
+        "linears/velora/module.py",
+        "mean_S / norm if bool",
+        "mean_S if bool",
+        "test_methods_velora.py::test_the_direction_is_the_normalised_mean_of_all_sub_tokens",
+    ),
+    fault(
+        "nobody looks at the first batch",
+        "train/step.py",
+        "with self.model.looking(), self._autocast():",
+        "with self._autocast():",
+        "test_methods_velora.py::test_a_run_begins_with_the_direction_of_its_first_rows",
+    ),
+    fault(
+        "NF4's levels begin at another quantile",
+        "kernels/nf4.py",
+        "1 - (1 / 30 + 1 / 32) / 2",
+        "1 - 1 / 32",
+        "test_keep_as.py::test_levels_are_those_that_were_published",
+    ),
+    fault(
+        "maxima are read back without their mean",
+        "kernels/nf4.py",
+        "packed.scales[:-1, None] + packed.scales[-1])",
+        "packed.scales[:-1, None])",
+        "test_keep_as.py::test_maxima_are_eight_bit_floats_around_their_mean",
+    ),
+    fault(
+        "a packed tensor is known by an address that another has by now",
+        "recompute/packed.py",
+        " and not known[0].expired():",
+        ":",
+        "test_keep_as.py::test_every_parameterization_has_its_loss_and_nearly_its_gradients",
+    ),
+    fault(
+        "attention is run again from something else than what is read back",
+        "recompute/packed.py",
+        "tensor.detach().requires_grad_(wanted)",
+        "(tensor * 1.1).detach().requires_grad_(wanted)",
+        "test_keep_as.py::test_attention_is_run_again_from_what_is_read_back",
+    ),
+    fault(
         "kept bytes without the gain",
         "linears/_declarations.py",
         "kept_bytes=rows * slot.rank * item_bytes + gain_bytes,",
@@ -349,9 +707,9 @@ FAULTS = [
     ),
     fault(
         "attention's sums are not kept",
-        "architectures/llama/__init__.py",
-        "kept_bytes=statistics + rows * (h + kv) * e + sums,",
-        "kept_bytes=statistics + rows * (h + kv) * e,",
+        "architectures/_rotary.py",
+        "kept_bytes=statistics + rows * (width + kv) * e + sums,",
+        "kept_bytes=statistics + rows * (width + kv) * e,",
         f"{COST}[fp32-full]",
     ),
     fault(
@@ -513,10 +871,24 @@ FAULTS = [
     ),
     fault(
         "every stage has a head",
-        "cost/clock.py",
-        'if direction == "forward" and stage.is_last:\n        head = ',
-        'if direction == "forward":\n        head = ',
+        "cost/stage_clock.py",
+        "    if stage.is_last:\n        last,",
+        "    if stage:\n        last,",
         "test_timeline.py::test_stages_add_up_to_the_whole",
+    ),
+    fault(
+        "what is observed is compared with the block itself",
+        "measure/observe.py",
+        "sums.own[block - 1, position]",
+        "sums.own[block, position]",
+        "test_observe.py::test_errors_are_those_of_the_equations",
+    ),
+    fault(
+        "padding is observed",
+        "measure/observe.py",
+        "y_NF = y_MF[self.keep].double()",
+        "y_NF = y_MF.double()",
+        "test_observe.py::test_tokens_without_a_target_do_not_count",
     ),
     # Processes that share a run.
     fault(
@@ -532,6 +904,13 @@ FAULTS = [
         "lambda done: done.value()[0]",
         "lambda done: done.value()[0] / 2",
         "test_contract_parallel.py::test_as_one_process[optimizers-adamw-0]",
+    ),
+    fault(
+        "gradients of copies are made beside the memory that crosses",
+        "train/step.py",
+        "zero_grad(set_to_none=not self.engine.keeps_gradients)",
+        "zero_grad()",
+        "test_parallel.py::test_every_process_tells_the_same[data-accumulated]",
     ),
     fault(
         "every process draws its own numbers",
@@ -629,11 +1008,33 @@ FAULTS = [
     fault(
         "evaluation weighs batches, not tokens",
         "inference/evaluate.py",
-        "                loss_sum += loss\n",
-        "                loss_sum += loss / count * targets.numel()\n",
+        "                found += sums(tokens.to(device), targets.to(device))\n",
+        "                found += sums(tokens.to(device), targets.to(device)) * targets.numel()\n"
+        "                found /= (targets != IGNORED).sum()\n",
         EVALUATION,
     ),
+    fault(
+        "a token as likely as another counts as the likeliest",
+        "kernels/loss.py",
+        "        found[equals] = logs_EV.argmax(dim=-1) == target_C[equals]\n",
+        "        found[equals] = True\n",
+        "test_scores.py::test_of_equally_likely_tokens_the_lowest_id_is_the_likeliest",
+    ),
+    fault(
+        "a token under a sliding window is scored twice",
+        "inference/texts.py",
+        "        reached = end\n",
+        "        reached = end - 1\n",
+        "test_texts.py::test_sliding_windows_are_those_of_the_guide",
+    ),
     # Data.
+    fault(
+        "a document that is cut keeps the bytes of its end",
+        "data/rows.py",
+        "                last = start + self.sequence_length - 1 if is_cut else end\n",
+        "                last = start + self.sequence_length if is_cut else end\n",
+        "test_scores.py::test_bytes_of_documents",
+    ),
     fault(
         "the order of rows hangs on the batch size",
         "data/rows.py",
@@ -654,6 +1055,49 @@ FAULTS = [
         "both[:, 1:].astype(np.int64)",
         "both[:, :-1].astype(np.int64)",
         "test_data_rows.py::test_rows_equal_a_naive_reference",
+    ),
+    # Conversations.
+    fault(
+        "what is said becomes a special token",
+        "data/chat.py",
+        "return _AS_TEXT.join(text[i:j] for i, j in itertools.pairwise(cuts))",
+        "return text",
+        "test_chat.py::test_what_is_said_is_no_special_token",
+    ),
+    fault(
+        "blanks behind an answer count",
+        "data/chat.py",
+        "return len(shorter) if shorter.endswith(tuple(self.controls)) else len(text)",
+        "return len(text)",
+        "test_chat.py::test_answers_are_found_without_blocks",
+    ),
+    fault(
+        "answers of a prompt are trained on",
+        "data/conversations.py",
+        'message["weight"] = 0',
+        'message["weight"] = 1',
+        "test_chat.py::test_lists_of_messages_as_prompt_and_completion",
+    ),
+    fault(
+        "the mask of packed rows is one id late",
+        "data/rows.py",
+        "self._windows(mask[1:])[rows] > 0",
+        "self._windows(mask[:-1])[rows] > 0",
+        "test_chat.py::test_rows_have_the_targets_that_count",
+    ),
+    fault(
+        "a conversation that is cut teaches to stop",
+        "data/rows.py",
+        "size = length - 2 if is_cut else end - start - 1",
+        "size = min(length, end - start) - 1",
+        "test_chat.py::test_rows_have_the_targets_that_count",
+    ),
+    fault(
+        "another mask is the same corpus",
+        "data/shards.py",
+        "            self._digest.update(counts.tobytes())\n",
+        "",
+        "test_chat.py::test_another_template_is_another_corpus",
     ),
     # Storage and resuming.
     fault(

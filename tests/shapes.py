@@ -52,7 +52,8 @@ def one_of_every_method(**changes: Any) -> dict[str, ModelConfig]:
     found = {}
     for linear, architecture, stream in rows:
         made = tiny(linear=linear, architecture=architecture, stream=stream, **changes)
-        tried = [made, dataclasses.replace(made, num_kv_heads=None)]
+        plain = dataclasses.replace(made, num_kv_heads=None)
+        tried = [made, plain, dataclasses.replace(made, intermediate_size=TINY.intermediate_size)]
         legal = next((each for each in tried if is_legal(each)), None)
         if legal is not None:
             found["-".join((linear, architecture, stream))] = legal
@@ -67,6 +68,14 @@ def policies_of(spec: ModelSpec) -> list[str]:
 
 def make(config: ModelConfig, seed: int = 0, **more: Any) -> LanguageModel:
     return build(model_spec(config), seed, **more)
+
+
+def may_differ(config: ModelConfig) -> float:
+    """By how much logits may move with tokens that they must not read: 0, or with experts, to be
+    held in fp64, 1e-12. Which expert another token goes to decides how many rows an expert's
+    products have, and products of another height may round otherwise: some 1e-14 of logits below
+    10, where what is read moves them by 1e-2 and more."""
+    return 1e-12 if any(each.expert is not None for each in model_spec(config).positions) else 0.0
 
 
 def randomised(model: LanguageModel, dtype: torch.dtype = torch.float64) -> LanguageModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from crnet import architectures, linears
 from crnet.architectures import Batch
+from crnet.config import defaults
+from crnet.config.check import policy_problem
 from crnet.config.model_spec import model_spec
 from crnet.config.sections import ModelConfig, OptimizerConfig
 from crnet.measure.contract import Check
@@ -19,11 +22,31 @@ from crnet.measure.examples import Example
 from crnet.model.build import build
 from crnet.model.language_model import LanguageModel
 from crnet.recompute.plan import RecomputePlan
-from shapes import TINY
+from shapes import TINY, is_legal, may_differ
 
 each_architecture = pytest.mark.parametrize("architecture", architectures.names())
-each_linear = pytest.mark.parametrize("linear", linears.names())
 SHAPE = dataclasses.replace(TINY, num_kv_heads=None)
+PAIRS = [
+    (architecture, linear)
+    for architecture in architectures.names()
+    for linear in linears.names()
+    if is_legal(dataclasses.replace(SHAPE, architecture=architecture, linear=linear))
+]
+"""Of architecture and parameterization. Not among them: experts' maps that would read a carry."""
+INVERTING = [
+    name
+    for name in architectures.names()
+    if policy_problem(model_spec(dataclasses.replace(SHAPE, architecture=name)), "invert") is None
+]
+each_pair = pytest.mark.parametrize(("architecture", "linear"), PAIRS)
+
+
+def test_what_does_not_go_together():
+    """A carry of an expert's own map, one matrix for an expert of every block, and inverting a
+    layer of experts."""
+    wrong = {(one, other) for one in architectures.names() for other in linears.names()} - {*PAIRS}
+    assert wrong == {("qwen3-moe", "lax"), ("qwen3-moe", "shared")}
+    assert INVERTING == ["gpt2", "llama"]
 
 
 def make(architecture: str, linear: str, **changed: Any) -> LanguageModel:
@@ -53,20 +76,21 @@ def gradients(model: LanguageModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@each_architecture
-@each_linear
-@pytest.mark.parametrize("policy", ["block", "replay"])
-@pytest.mark.parametrize("keep_attention", [False, True])
-@pytest.mark.parametrize("layers", [(), (2,)])
-def test_exact_policies_agree_to_the_bit(architecture, linear, policy, keep_attention, layers):
+@each_pair
+def test_exact_policies_agree_to_the_bit(architecture: str, linear: str):
+    """Every plan that is another one: block knows neither segments nor attention that is kept."""
     model = make(architecture, linear)
     expected = gradients(model)
-    model.recompute(RecomputePlan(policy, layers, keep_attention))
-    for name, gradient in gradients(model).items():
-        assert torch.equal(gradient, expected[name]), name
+    plans = [
+        RecomputePlan("replay", *rest) for rest in itertools.product([(), (2,)], [False, True])
+    ]
+    for plan in (RecomputePlan("block"), *plans):
+        model.recompute(plan)
+        for name, gradient in gradients(model).items():
+            assert torch.equal(gradient, expected[name]), (plan, name)
 
 
-@each_architecture
+@pytest.mark.parametrize("architecture", INVERTING)
 def test_invert_agrees(architecture: str):
     """Within rounding: outputs rebuilt downwards over two layers, gains of 1."""
     model = make(architecture, "crnet")
@@ -76,8 +100,7 @@ def test_invert_agrees(architecture: str):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-@each_architecture
-@each_linear
+@each_pair
 def test_logits_with_a_cache_are_those_without(architecture: str, linear: str):
     """fp32; the products are of other shapes, hence rounding."""
     model, (tokens, _) = make(architecture, linear), batch()
@@ -87,19 +110,21 @@ def test_logits_with_a_cache_are_those_without(architecture: str, linear: str):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
-@each_architecture
-@each_linear
+@each_pair
 def test_causal(architecture: str, linear: str):
+    """Bit for bit; with experts within rounding, in fp64 (``shapes.may_differ``)."""
     model, (tokens, _) = make(architecture, linear), batch()
+    limit = may_differ(model.spec.config)
+    if limit:
+        model = model.double()
     changed = tokens.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % 31
-    one, other = model.logits(tokens), model.logits(changed)
-    assert torch.equal(one[:, :5], other[:, :5])
-    assert not torch.equal(one[:, 5:], other[:, 5:])
+    moved_BT = (model.logits(changed) - model.logits(tokens)).abs().amax(dim=-1)
+    assert bool((moved_BT[:, :5] <= limit).all())
+    assert bool((moved_BT[:, 5:] > limit).all())
 
 
-@each_architecture
-@each_linear
+@each_pair
 @pytest.mark.parametrize("tied", [True, False])
 def test_tensors_are_the_parameters(architecture: str, linear: str, tied: bool):
     model = make(architecture, linear, tie_embeddings=tied)
@@ -108,11 +133,13 @@ def test_tensors_are_the_parameters(architecture: str, linear: str, tied: bool):
 
 
 @pytest.mark.slow
-@each_architecture
-@each_linear
+@pytest.mark.parametrize(
+    ("architecture", "linear"), [pair for pair in PAIRS if pair[0] != defaults.ARCHITECTURE]
+)
 @pytest.mark.parametrize("check", [check_kept_bytes, check_flops])
 def test_contract_with_every_parameterization(architecture: str, linear: str, check: Check):
-    """What autograd keeps under each policy and precision, and FLOPs as torch counts: exact."""
+    """What autograd keeps under each policy and precision, and FLOPs as torch counts: exact. In the
+    default architecture every parameterization's own contract says so."""
     model = dataclasses.replace(SHAPE, architecture=architecture, linear=linear)
     example = Example(architectures.get(architecture), model, OptimizerConfig(lr=2e-2))
     assert list(check(example)) == []

@@ -30,10 +30,11 @@ from crnet.config.serialize import override, to_dict
 from crnet.data.prepare import prepare
 from crnet.data.rows import Batches, validation_batches
 from crnet.errors import ConfigError
+from crnet.hub import files as hub
 from crnet.inference.load import load_model, load_tokenizer
 from crnet.storage import checkpoint, metrics, parts
 from crnet.storage.checkpoint import CHECKSUMS, DESCRIPTION, STATE, WEIGHTS, Contents
-from crnet.train import run as train
+from crnet.train import start
 from test_train import run, tiny, weights_of
 
 TOKENIZER = "tokenizer.json"
@@ -42,7 +43,9 @@ TOKENIZER = "tokenizer.json"
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The metrics without the one figure that a clock decides."""
     rows = metrics.read(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("tokens_per_s", "peak_bytes")} for row in rows
+    ]
 
 
 def assert_same(found: Any, wanted: Any, where: str = "") -> None:
@@ -506,7 +509,8 @@ def in_parts(source: checkpoint.Checkpoint, run_dir: Path) -> checkpoint.Checkpo
     checkpoint.begin(run_dir, source.progress.step)
     tokenizer = {"tokenizer": load_tokenizer(source).save}
     state, extra = source.state(), source.extra
-    found = Contents({}, state, source.config, source.progress, extra, tokenizer, write)
+    progress, beside = source.progress, source.beside
+    found = Contents({}, state, source.config, progress, extra, tokenizer, write, beside)
     return checkpoint.load(checkpoint.save(run_dir, found, keep=0))
 
 
@@ -729,7 +733,7 @@ def test_files_of_a_checkpoint(reference: Path) -> None:
     sums = json.loads((folder / CHECKSUMS).read_text())
     names = {WEIGHTS, STATE, DESCRIPTION, TOKENIZER, "tokenizer_config.json"}
     assert set(sums) == names
-    assert {path.name for path in folder.iterdir()} == names | {CHECKSUMS}
+    assert {path.name for path in folder.iterdir()} == names | {CHECKSUMS, *hub.NAMES}
     for name, noted in sums.items():
         assert noted["bytes"] == (folder / name).stat().st_size
     description = json.loads((folder / DESCRIPTION).read_text())
@@ -784,7 +788,7 @@ def test_round_trip(corpus: Path, tmp_path: Path, linear: str, tied: bool) -> No
     config = tiny(corpus, model={"linear": linear, "tie_embeddings": tied}, train={"steps": 4})
     with pytest.MonkeyPatch.context() as patch:
         built = []
-        patch.setattr(train, "build", lambda *a: built.append(_build(*a)) or built[-1])
+        patch.setattr(start, "build", lambda *a: built.append(_build(*a)) or built[-1])
         result = run(config, tmp_path / "run")
     assert result.checkpoint is not None
     saved = checkpoint.load(result.checkpoint)
@@ -798,7 +802,7 @@ def test_round_trip(corpus: Path, tmp_path: Path, linear: str, tied: bool) -> No
     assert again.finished
 
 
-_build = train.build
+_build = start.build
 
 
 def test_weights_of_another_model_are_refused(copy: Path) -> None:

@@ -35,9 +35,16 @@ from crnet.errors import ConfigError
 from crnet.paper import tables
 from crnet.storage import checkpoint
 from crnet.train import run as training
+from crnet.train import start
 from test_train import rows_of, weights_of
 
 Flags = dict[str, str]
+
+EVALUATED = (
+    *("val_loss", "val_perplexity", "val_bits_per_byte", "val_accuracy"),
+    *("val_tokens", "val_bytes"),
+)
+"""The figures of an evaluation, in metrics.jsonl and printed."""
 
 TINY: Flags = {
     "--model.hidden-size": "32",
@@ -77,7 +84,7 @@ def program(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
         [sys.executable, "-m", "crnet", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment,
         **options,
     )
@@ -180,12 +187,17 @@ def test_metrics(trained: tuple[Path, dict[str, Any]]) -> None:
     evaluations = [row for row in rows if "val_loss" in row]
     assert len(rows) == len(training_rows) + len(evaluations)
     for row in training_rows:
-        assert set(row) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s"}
+        measured = {"tokens_per_s", "peak_bytes"}
+        assert set(row) == {"step", "tokens", "loss", "lr", "grad_norm"} | measured
+        assert 2**26 < row["peak_bytes"] < 2**34  # Python and torch hold more than the model
         assert row["tokens"] == row["step"] * 8 * 16
         assert row["tokens_per_s"] > 0
         assert row["grad_norm"] > 0
     for row in evaluations:
-        assert set(row) == {"step", "val_loss", "val_perplexity", "val_tokens", "val_precision"}
+        assert set(row) == {"step", "val_precision", *EVALUATED}
+        assert 0 <= row["val_accuracy"] <= 1
+        nats = row["val_loss"] * row["val_tokens"]
+        assert row["val_bits_per_byte"] == nats / math.log(2) / row["val_bytes"]
         assert row["val_perplexity"] == math.exp(row["val_loss"])
     assert [row["step"] for row in training_rows] == [4, 8, 12]
     assert [row["step"] for row in evaluations] == [0, 6, 12]
@@ -214,8 +226,7 @@ def test_json_of_train(trained: tuple[Path, dict[str, Any]]) -> None:
         "step": 12,
         "tokens": 12 * 8 * 16,
         "checkpoint": str(folder / "checkpoints" / "step_12"),
-        "val_loss": last["val_loss"],
-        "val_perplexity": last["val_perplexity"],
+        **{key: last[key] for key in EVALUATED if key not in ("val_tokens", "val_bytes")},
     }
 
 
@@ -244,9 +255,7 @@ def test_evaluate_gives_the_last_figure_of_the_run(
     assert printed == {
         "checkpoint": str(folder / "checkpoints" / "step_12"),
         "step": 12,
-        "val_loss": last["val_loss"],
-        "val_perplexity": last["val_perplexity"],
-        "val_tokens": last["val_tokens"],
+        **{key: last[key] for key in EVALUATED},
         "validation_hash": manifest["data"]["hashes"]["validation"],
     }
 
@@ -274,15 +283,22 @@ def test_evaluate_on_another_corpus(
     folder, _ = trained
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(f"Paragraph {n} of another text." for n in range(400)))
-    source = ["--data.source", str(other)]
-    code, _, err = call("evaluate", str(folder), *source)
-    assert code == 2
-    mend = f"--data.tokenizer {folder / 'checkpoints' / 'step_12'}"
-    assert "another tokenizer" in err
-    assert mend in err
-    code, out, err = call("evaluate", str(folder), *source, *mend.split(), "--json")
+    words = ["evaluate", str(folder), "--data.source", str(other)]
+    code, out, err = call(*words, "--json")
     assert code == 0, err
     assert json.loads(out)["val_loss"] > rows_of(folder)[-1]["val_loss"]
+    foreign = tmp_path / "tokenizer.json"  # the model's own, but for one merge
+    mine = folder / "checkpoints" / "step_12"
+    changed = json.loads((mine / "tokenizer.json").read_text())
+    changed["model"]["merges"].pop()
+    foreign.write_text(json.dumps(changed))
+    code, _, err = call(*words, "--data.tokenizer", str(foreign))
+    assert code == 2
+    assert "another tokenizer" in err
+    mend = f"--data.tokenizer {mine}"
+    assert mend in err
+    code, again, err = call(*words, *mend.split(), "--json")
+    assert (code, again) == (0, out), err
 
 
 def test_generate(trained: tuple[Path, dict[str, Any]], call: Callable[..., Any]) -> None:
@@ -319,12 +335,17 @@ def test_list(call: Callable[..., Any]) -> None:
         "optimizers": optimizers,
         "schedules": schedules,
     }
-    assert list(known) == ["presets", *seams]
+    assert list(known) == ["presets", "paper", *seams]
+    assert list(known["paper"]) == list(presets.PAPER)
     code, out, err = call("list")
     assert code == 0, err
     for title, seam in seams.items():
         assert list(known[title]) == seam.names()
-    for name in (*presets.PRESETS, *(name for seam in seams.values() for name in seam.names())):
+    for name in (
+        *presets.PRESETS,
+        *presets.PAPER,
+        *(name for seam in seams.values() for name in seam.names()),
+    ):
         assert f"  {name} " in out
 
 
@@ -391,7 +412,7 @@ def settings(
     return run
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("name", [*presets.PRESETS, *presets.PAPER])
 def test_a_preset_is_taken_whole(settings: Callable[..., RunConfig], name: str) -> None:
     assert settings(name) == presets.get(name)
 
@@ -1084,7 +1105,8 @@ def test_all_problems_at_once(corpus: Path, tmp_path: Path, call: Callable[..., 
     assert code == 2
     problems = err.split("crnet: ")[1:]
     assert len(problems) == 7
-    for flag in ("num-heads", "linear", "lr", "beta1", "sequence-length", "steps", "micro-batch"):
+    for key in changes:  # a flag in whole: a method's name may hold a part of one
+        flag = "--" + key.replace("__", ".").replace("_", "-")
         assert sum(flag in problem for problem in problems) == 1
     assert not (tmp_path / "out").exists()
 
@@ -1124,13 +1146,13 @@ def test_bad_input_of_the_real_program(tmp_path: Path, words: list[str], holds: 
 @pytest.fixture(autouse=True)
 def _no_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad command that is taken for a good one must fail here, not train for an hour."""
-    build = training.build
+    build = start.build
 
     def small(spec: Any, *arguments: Any) -> Any:
         assert spec.shape.hidden_size <= 64, "this test would train a large model"
         return build(spec, *arguments)
 
-    monkeypatch.setattr(training, "build", small)
+    monkeypatch.setattr(start, "build", small)
 
 
 @pytest.mark.slow

@@ -112,7 +112,13 @@ def test_every_block_is_compiled_after_an_evaluation(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["crnet-llama-residual", "full-llama-residual", "lax-llama-residual", "crnet-llama-attnres"],
+    [
+        "crnet-llama-residual",
+        "full-llama-residual",
+        "lax-llama-residual",
+        "shared-llama-residual",
+        "crnet-llama-attnres",
+    ],
 )
 def test_methods_share_graphs(name: str):
     """Of maps with a carry, without one, with a bottleneck handed on, and of a stream with weights

@@ -81,7 +81,7 @@ def nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
 # There and back
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("name", [*presets.PRESETS, *presets.PAPER])
 def test_presets_round_trip_and_are_sound(name: str) -> None:
     config = presets.get(name)
     plain = to_dict(config)
@@ -160,7 +160,7 @@ def test_defaults_need_nothing() -> None:
     [
         ({"train": {"stepz": 3}}, "unknown key 'stepz' of TrainConfig; did you mean 'steps'?"),
         ({"model": {"hidden": 3}}, "did you mean 'hidden_size'?"),
-        ({"model": {"crnet": {"beta": 1.0}}}, "unknown key 'beta' of CRNetOptions"),
+        ({"model": {"crnet": {"betas": 1.0}}}, "unknown key 'betas' of CRNetOptions"),
         ({"model": {"crnet": {"beta_int": 1.0}}}, "did you mean 'beta_init'?"),
         ({"optimizer": {"zzz": 3}}, "known: name, lr, beta1, beta2, eps"),
     ],
@@ -395,8 +395,9 @@ def pairs() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("linear", "optimizer"), pairs())
 def test_check_takes_what_is_sound(linear: str, optimizer: str) -> None:
+    few = {"blast": {"blocks": 2}} if linear == "blast" else {}  # a width of 2 has no more
     edge = {
-        "model": {"linear": linear, "rank": "2", "num_kv_heads": 1, "num_heads": 96},
+        "model": {"linear": linear, "rank": "2", "num_kv_heads": 1, "num_heads": 96} | few,
         "data": {"sequence_length": 2, "vocab_size": 257},
         "optimizer": {"name": optimizer, "warmup_frac": 1.0, "min_lr_frac": 0.0, "beta1": 0.0},
         "train": {"steps": 1, "micro_batch_size": 16, "keep_checkpoints": 0, "seed": 0},

@@ -35,6 +35,7 @@ STEPS = 3
 LAYOUTS = [{"data": 2}, {"shard": 2}]
 
 pytestmark = [
+    pytest.mark.timeout(900),
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes"),
 ]

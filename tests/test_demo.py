@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from crnet.compare import demo
 from crnet.config import presets
 from crnet.config.serialize import to_dict
 from crnet.errors import ConfigError
+from crnet.storage import checkpoint, metrics
 from test_cli import program
+from test_parallel import signalled
 
 
 @pytest.mark.parametrize("linear", demo.TUNED)
@@ -60,3 +63,37 @@ def test_three_sides(tmp_path: Path) -> None:
     text = demo.table(figures)
     assert text.count(f"{demo.TUNED['full'].lr:.2g}") >= 1
     assert demo.tuning(list(figures["rows"])) in text
+
+
+QUICK = "demo --quick --steps 4000 --out".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_side_once(sign: signal.Signals, tmp_path: Path) -> None:
+    """Each saves after its step; a second signal would have ended it before."""
+    logs = [tmp_path / "demo" / linear / "metrics.jsonl" for linear in ("crnet", "full")]
+
+    def are_training() -> bool:
+        return all(log.exists() and log.read_text().count("\n") > 2 for log in logs)
+
+    words = ["-m", "crnet", *QUICK, str(tmp_path / "demo")]
+    code, said = signalled(words, sign, are_training)
+    assert code == 2
+    assert f"{sign.name} stopped it" in said
+    assert "Traceback" not in said
+    for log in logs:
+        saved = checkpoint.newest(log.parent)
+        assert saved is not None
+        assert metrics.read(log)[-1]["step"] <= saved.progress.step < 4000
+
+
+@pytest.mark.slow
+def test_a_side_that_fails_stops_the_other(tmp_path: Path) -> None:
+    """The failed one says why; the other one has saved."""
+    (tmp_path / "demo" / "full").mkdir(parents=True)
+    (tmp_path / "demo" / "full" / "run.json").write_text("{}")
+    done = program(*QUICK, str(tmp_path / "demo"))
+    assert done.returncode != 0
+    assert str(tmp_path / "demo" / "full") in done.stderr
+    assert "Traceback" not in done.stderr

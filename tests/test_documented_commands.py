@@ -11,18 +11,21 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cyclopts import CycloptsError
 
-from crnet.cli.app import COMMANDS
+from crnet.cli.app import COMMANDS, build_app
 from test_programs import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FIRST = ("README.md", "CONTRIBUTING.md", "AGENTS.md")
+DOCUMENTS = [*(ROOT / name for name in FIRST), *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 Changes = dict[str, str | None]
@@ -51,27 +54,30 @@ STEPS: Changes = {
 }
 SHORT: dict[str, Changes] = {
     "train": SHAPE | DATA | STEPS,
+    "finetune": {"--data.source": "books/*.txt", "--data.documents": "paragraph"}
+    | {"--train.epochs": "1", "--train.batch-size": "64", "--train.eval-every-steps": "0"},
     "profile": SHAPE | STEPS | {"--rounds": "1"},
     "prepare": {"--data.vocab-size": "300"},
     "evaluate": {},
     "generate": {"--max-tokens": "4"},
+    "observe": {},
     "consolidate": {},
+    "export": {},
+    "report": {},
+    "watch": {},
     "list": {},
     "cost": {},
     "plan": {},
     "timeline": {},
     "paper": {},
+    "protocol": {},
     "check-plugin": {},
     "demo": {"--quick": "", "--steps": "2", "--out": "demo"},
 }
 """By command. What costs nothing is run as it stands."""
 RESUMED: Changes = {"--train.steps": "3"}
 ONE_LINE: dict[str, Changes] = {
-    "crnet train llama-60m --data.source allenai/c4": {
-        "--data.subset": None,
-        "--data.tokenizer": None,
-        "--data.max-documents": "100",
-    },
+    "crnet train paper/llama-60m": {"--data.tokenizer": "train"},
     # A corpus from the network; and ranks that fit their shape.
     "crnet train llama-130m --model.rank 192x3,224x8": {
         "--data.subset": None,
@@ -81,11 +87,21 @@ ONE_LINE: dict[str, Changes] = {
         "--model.num-layers": "12",
     },
     "crnet train --data.source 'books/*.txt'": {"--data.source": "books/*.txt"},
+    # Conversations, of which a row of 16 tokens would hold no answer.
+    "crnet finetune run --data.source talks.jsonl": {
+        "--data.source": "talks.jsonl",
+        "--data.documents": None,
+        "--data.sequence-length": "96",
+    },
 }
 """Beginning of a line -> what else is changed."""
 NOT_RUN = {
-    "pip install -c constraints.txt .": "takes packages from the network; `make` says the same",
+    "pip install -c constraints.txt '.[plot]'": "takes packages from the network; make does too",
+    "pip install 'crnet[eval]'": "takes a package from the network",
+    "pip install -c constraints.txt '.[plot,data]'": "takes packages from the network",
     "pip install triton": "takes a package from the network",
+    "pip install 'crnet[hf]'": "takes packages from the network",
+    "pip install 'crnet[serve]'": "takes packages from the network",
     "make clean": "removes the environment that runs the tests",
     "make golden": "writes the golden losses anew; tests/test_golden.py runs what it calls",
     "make check": "is lint, types and test",
@@ -100,6 +116,7 @@ MAKE = {
     "faults": ["FAULTS=--help"],
     "lint": [],
     "types": [],
+    "docs": ["SITE={tmp}/site"],
     "bench": ["BENCH=--quick"],
 }
 """Target -> variables that make it short."""
@@ -155,7 +172,7 @@ def is_known(line: str) -> bool:
     if line in NOT_RUN or (words[0] == "make" and words[1] in MAKE):
         return True
     if words[0] == "crnet":
-        return words[1] in SHORT
+        return words[1] in {*SHORT, "--version"}
     return words[0].startswith("python") and any(
         str(it.relative_to(ROOT)) in line for it in PROGRAMS
     )
@@ -165,13 +182,28 @@ def test_lines_are_found() -> None:
     readme = lines_of(ROOT / "README.md")
     assert "crnet train --resume --out run" in readme
     assert any(line.endswith("--train.precision bf16-mixed") for line in readme)  # two lines in one
-    assert "pip install -c constraints.txt ." in readme
+    assert "pip install -c constraints.txt '.[plot]'" in readme
     assert sum(len(lines_of(document)) for document in DOCUMENTS) > 30
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_line_has_a_short_form(document: Path) -> None:
     assert [line for line in lines_of(document) if not is_known(line)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_line_is_understood(document: Path) -> None:
+    """Its flags exist and have values, also where a sentence names it: told without running it."""
+    for line in dict.fromkeys(lines_of(document)):
+        program, command, *words = shlex.split(line)
+        if program != "crnet" or command not in SHORT or not words:
+            continue
+        if {"--help", "--plugins"} & set(words):
+            continue  # a plugin brings flags of its own
+        try:
+            build_app(command).parse_args([command, *words], exit_on_error=False, print_error=False)
+        except CycloptsError as error:
+            pytest.fail(f"{line}: {error}")
 
 
 def test_every_command_has_a_short_form() -> None:
@@ -222,10 +254,13 @@ def folder(tmp_path: Path, corpus: Path) -> Path:
         (tmp_path / name).write_text(text, encoding="utf-8")
     records = "".join(f'{{"text": "Record {number} of a corpus."}}\n' for number in range(500))
     (tmp_path / "corpus.jsonl.zst").write_bytes(zstandard.compress(records.encode()))
+    talks = "".join(f'{{"prompt": "Is {i} a number?", "completion": "Yes."}}\n' for i in range(300))
+    (tmp_path / "talks.jsonl").write_text(talks, encoding="utf-8")
     blocks = code_blocks(ROOT / "README.md", "yaml")
     (tmp_path / "mine.yaml").write_text(blocks[0], encoding="utf-8")
     (tmp_path / "tonight.toml").write_text("[train]\nlog_every_steps = 1\n", encoding="utf-8")
     page = code_blocks(ROOT / "docs" / "adding_a_method.md", "python")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "diagonal.py").write_text(page[0], encoding="utf-8")
     return tmp_path
 
@@ -257,7 +292,7 @@ def test_commands_of_a_document_run(document: Path, folder: Path) -> None:
 def test_target_runs(target: str, tmp_path: Path) -> None:
     tools = Path(sys.executable).parent
     words = [each.format(tmp=tmp_path) for each in MAKE[target]]
-    stamps = [word for name in ("base", "dev") for word in ("-o", f".venv/{name}.stamp")]
+    stamps = [word for name in ("base", "dev", "docs") for word in ("-o", f".venv/{name}.stamp")]
     command = ["make", *stamps, target, f"BIN={tools}", *words]
     assert run(command, ROOT) is None
 

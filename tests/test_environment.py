@@ -16,6 +16,7 @@ import pytest
 from crnet.cli import environment
 from crnet.cli.app import main
 from crnet.cli.environment import MALLOC, MARK, SWITCH, missing, take_flag
+from crnet.parallel.cores import _granted, num_cores
 from crnet.storage.manifest import VARIABLES, describe_environment
 from test_cli import train_words
 from test_train import rows_of, weights_of
@@ -75,7 +76,7 @@ def set_there(found: dict[str, Any]) -> dict[str, str]:
 
 
 few_cores = pytest.mark.skipif(
-    environment.num_cores() > environment.MOST_CORES, reason="many cores: nothing is set"
+    num_cores() > environment.MOST_CORES, reason="many cores: nothing is set"
 )
 
 
@@ -212,9 +213,9 @@ def test_missing(
 )
 def test_cores_of_a_control_group(tmp_path: Path, content: str, cores: int | None) -> None:
     file = tmp_path / "cpu.max"
-    assert environment._granted(file) is None
+    assert _granted(file) is None
     file.write_text(content)
-    assert environment._granted(file) == cores
+    assert _granted(file) == cores
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from crnet.cost.hardware import DEVICES, communication_bytes, device, device_of
 from crnet.cost.micro_batch import Precision
 from crnet.cost.parameters import num_parameters
 from crnet.cost.peak import peak_bytes
-from crnet.cost.table import cost_rows, plans
+from crnet.cost.table import cost_rows, plans, titles
 from crnet.cost.workload import Workload, with_linear, workload
 from crnet.errors import ConfigError
 from crnet.linears.crnet import CRNetOptions
@@ -356,3 +356,13 @@ def test_picture(tmp_path: Path):
 
 def test_wide_shape_is_a_valid_one():
     assert workload(RunConfig(model=WIDE)).num_parameters() > 0
+
+
+def test_invert_with_its_guard_is_not_taken_for_algorithm_1():
+    """The heading says how many outputs the guard adds; of the published algorithm it says none."""
+    guarded = workload(override(presets.get("llama-60m"), train={"precision": "bf16"}))
+    added = guarded.micro_batch.added_at_first(plans(guarded)["invert"])
+    number = sum(map(len, added.values()))
+    assert number
+    assert titles(guarded)["kept"].endswith(f"invert with {number} outputs that its guard adds")
+    assert "guard" not in titles(workload(presets.get("paper/llama-7b")))["kept"]

@@ -1,11 +1,14 @@
-"""The job files under examples/ are well formed, and the runs in them could start."""
+"""Job files under examples/ are well formed and could start; the notebook runs."""
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,3 +65,31 @@ def test_kubernetes() -> None:
     assert_could_start(words[words.index("crnet") + 1 :], processes)
     volumes = {each["name"] for each in worker["template"]["spec"]["volumes"]}
     assert {each["name"] for each in container["volumeMounts"]} == volumes
+
+
+@pytest.mark.slow
+def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells run one after the other, and show what they say; none keeps an old output."""
+    notebook = json.loads((EXAMPLES / "first.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) >= (4, 5)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["outputs"] for cell in cells] == [[]] * len(cells)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(cells):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    for result in names["results"].values():
+        assert result.after.loss < result.before.loss
+    assert len(names["betas"]) == 7 * 3
+    assert any(beta != 1 for beta in names["betas"].values())
+    assert len(names["axes"].lines) == 2
+    names["plt"].close("all")
+
+
+def test_links_of_the_notebook_lead_somewhere() -> None:
+    notebook = json.loads((EXAMPLES / "first.ipynb").read_text(encoding="utf-8"))
+    text = "".join(line for cell in notebook["cells"] for line in cell["source"])
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(targets) >= 3
+    assert [each for each in targets if not (EXAMPLES / each).exists()] == []

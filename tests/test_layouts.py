@@ -25,7 +25,8 @@ from crnet.config.sections import (
 )
 from crnet.config.serialize import override
 from crnet.config.units import GIB
-from crnet.cost import clock
+from crnet.cost import stage_clock
+from crnet.cost.clock import Way, clock_of
 from crnet.cost.fleet import REACHED_FRAC, START_S, Fleet, parse_fleet
 from crnet.cost.hardware import DEVICES, tensor_bytes
 from crnet.cost.layout_choice import CLOSE_FRAC, choose
@@ -120,8 +121,9 @@ def alone_s(size: int, number: int) -> tuple[float, float]:
     """Forward and backward of one micro-batch on one process."""
     train = {"batch_size": size * number, "micro_batch_size": size, "device": "cuda"}
     work = workload(override(small(**train), model={"linear": "full"}))
-    forward, backward = clock.stage_seconds(work, cut(work.spec, 1, 1024), work.plan, H100)
-    return forward[0], backward[0]
+    on = clock_of(work.micro_batch, H100)
+    (alone,) = stage_seconds(on, work.plan, cut(work.spec, 1, 1024))
+    return alone.forward_s, alone.backward_s
 
 
 def optimizer_s(state_bytes: float, gradients: float) -> float:
@@ -174,8 +176,8 @@ def test_seconds_of_parts_by_hand() -> None:
     assert abs(tensor_bytes(work) - number * rows * 2 * widths) < 8
     one = 2 * 7 / 8 * rows * 2 * widths / (0.8 * 450e9) + 4 * 8 * START_S
     tensors = stored_tensors(work.spec.in_parts(0, 8))
-    on = clock.clock_of(work.micro_batch, H100)
-    (alone,) = stage_seconds(on, work.plan, "eager", cut(work.spec, 1, 1024), tensors)
+    on = clock_of(work.micro_batch, H100)
+    (alone,) = stage_seconds(on, work.plan, cut(work.spec, 1, 1024), tensors)
     items = sum(each.num_items for each in tensors.values())
     seconds = found.price(Layout(parallel, 2, "none", False)).seconds
     # AdamW counts its steps, 4 bytes a tensor.
@@ -206,17 +208,21 @@ def test_the_closed_form_of_a_pipeline_is_near_the_simulated_one() -> None:
 
 
 @pytest.mark.parametrize("policy", ["none", "block", "replay"])
-def test_blocks_that_are_alike_are_priced_once(policy: Policy) -> None:
-    """As ``clock.stage_seconds``, which prices each; operations run again are rounded there."""
+def test_blocks_that_are_alike_are_priced_once(policy: Policy, monkeypatch) -> None:
+    """As if each were priced: its kind has all that a block's seconds follow from."""
     config = small(device="cuda", recompute=policy, micro_batch_size=2)
-    work = workload(override(config, model={"linear": "crnet"}))
+    work = workload(override(config, model={"linear": "crnet", "rank": "64x3,96x4"}))
     stages = cut(work.spec, 3, 1024)
-    on = clock.clock_of(work.micro_batch, H100)
-    for way in ("eager", "compiled") if policy != "replay" else ("eager",):
-        forward, backward = clock.stage_seconds(work, stages, work.plan, H100, way)
-        found = stage_seconds(on, work.plan, way, stages, work.spec.tensors)
-        assert [each.forward_s for each in found] == pytest.approx(forward, rel=1e-9)
-        assert [each.backward_s for each in found] == pytest.approx(backward, rel=5e-3)
+    on = clock_of(work.micro_batch, H100)
+    ways: list[Way] = ["eager", "compiled"] if policy != "replay" else ["eager"]
+    once = [stage_seconds(on, work.plan, stages, way=way) for way in ways]
+    priced = []
+    block = stage_clock._block
+    monkeypatch.setattr(stage_clock, "_block", lambda *of: priced.append(of) or block(*of))
+    assert once[0] == stage_seconds(on, work.plan, stages)
+    assert len(priced) < work.spec.num_layers
+    monkeypatch.setattr(stage_clock, "_kind", id)
+    assert once == [stage_seconds(on, work.plan, stages, way=way) for way in ways]
 
 
 # Legality
@@ -253,6 +259,10 @@ def test_what_is_given_is_kept() -> None:
     assert {(it.policy, it.micro_batch_size, it.compiles) for it in found} == {("block", 2, True)}
     with pytest.raises(ConfigError, match=r"--parallel.data 2: crnet plan --devices finds it"):
         LayoutSpace(override(config, parallel={"data": 2}), parse_fleet("8xh100"))
+    with pytest.raises(
+        ConfigError, match=r"--train.keep-as nf4: .* weighs activations as they are"
+    ):
+        LayoutSpace(small(keep_as="nf4"), parse_fleet("8xh100"))
 
 
 # Memory

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,16 +26,30 @@ from crnet import linears
 from crnet.config import presets
 from crnet.config.model_spec import ModelSpec, model_spec
 from crnet.config.sections import ModelConfig
+from crnet.cost.flops import block_flops
+from crnet.cost.kept import kept_bytes
+from crnet.cost.micro_batch import MicroBatch
+from crnet.linears import _activated as activated
 from crnet.linears._maps import LinearMap
+from crnet.linears.blast import BLASTOptions
 from crnet.linears.cola import CoLAOptions
-from crnet.linears.cola import module as cola_module
+from crnet.linears.dlr import DLROptions
+from crnet.linears.fosl import FOSLOptions
 from crnet.linears.lax import LaXOptions
-from crnet.linears.lora import LoRAOptions, ReLoRAOptions
+from crnet.linears.lora import LoRAOptions, ReLoRAOptions, SwitchLoRAOptions
+from crnet.linears.loro import LOROOptions
+from crnet.linears.lost import LOSTOptions
+from crnet.linears.rso import RSOOptions
 from crnet.linears.sltrain import SLTrainOptions
+from crnet.linears.sst import SSTOptions
+from crnet.linears.value_resformer import ValueResFormerOptions
+from crnet.measure import memory
 from crnet.model.build import build, initial_values
 from crnet.model.language_model import LanguageModel
 from crnet.model.seeds import generator_of
-from crnet.recompute.plan import RecomputePlan
+from crnet.paper import formulas
+from crnet.paper.sizes import Sizes
+from crnet.recompute.plan import RecomputePlan, parse_layers
 from crnet.specs import Forget, Slot, Work
 
 EXACT = 1e-10
@@ -79,9 +94,53 @@ def naive_cola(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]
     return y, y
 
 
+def naive_dlr(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``z B + alpha / sqrt(K) Expand_K(z)``, z = silu(A x), alpha 1.5, K = 20 / 4."""
+    z = torch.nn.functional.silu(x @ m.A) if m.is_active else x @ m.A
+    y = z @ m.B + 1.5 / math.sqrt(5) * z.repeat_interleave(5, dim=-1)
+    return y, y
+
+
+def naive_loro(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``B A x``."""
+    y = x @ m.A @ m.B
+    return y, y
+
+
+def naive_lost(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``gamma sigma(A x) B + (1 - gamma) C x_I``, gamma 0.6."""
+    z = x @ m.A
+    h = z * torch.sigmoid(z) if m.is_active else z
+    y = 0.6 * (h @ m.B) + 0.4 * (x[..., m.index.long()] @ m.columns.T)
+    return y, y
+
+
+def naive_fosl(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``alpha s silu(A x) B + beta [u c ; (u c)[M]]``, u the dense outputs; alpha 0.4, s 6 / 4."""
+    u = (x @ m.base.T) * m.scale
+    copies = torch.cat([u, u[..., m.index[u.shape[-1] :].long()]], -1)
+    y = 0.4 * 6 / 4 * (torch.nn.functional.silu(x @ m.A) @ m.B) + 0.6 * copies
+    return y, y
+
+
+def naive_blast(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The matrix, block by block: ``U_i diag(s_ij) V_j^T``."""
+    num = m.s.shape[1]
+    vs, us = m.A.tensor_split(num, 0), m.B.T.tensor_split(num, 0)
+    blocks = [[us[i] @ torch.diag(m.s[:, i, j]) @ vs[j].T for j in range(num)] for i in range(num)]
+    y = x @ torch.cat([torch.cat(row, 1) for row in blocks]).T
+    return y, y
+
+
 def naive_lora(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """``W0 x + (alpha / r) B A x``, alpha 6, r 4."""
     y = x @ m.weight.T + 6 / 4 * (x @ m.A @ m.B)
+    return y, y
+
+
+def naive_rso(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``x W^T + (x P) B``."""
+    y = x @ m.weight.T + x @ m.P @ m.B
     return y, y
 
 
@@ -90,6 +149,15 @@ def naive_sltrain(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tens
     sparse = torch.zeros(20 * 12, dtype=x.dtype).index_put((m.index.long(),), m.values)
     weight = 6 / 4 * (m.A @ m.B).T + sparse.view(20, 12)
     y = x @ weight.T
+    return y, y
+
+
+def naive_sst(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``x V diag(s) U``; of a sampled vector the gradient without its factor s."""
+    v, u, at = m.V.detach(), m.U.detach(), m.index.long()
+    zero_a, zero_b = m.A - m.A.detach(), m.B - m.B.detach()
+    weight = v @ m.s.diag() @ u + zero_a @ u[at] + v[:, at] @ zero_b
+    y = x @ weight
     return y, y
 
 
@@ -107,7 +175,11 @@ def naive_value(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor
 def naive_lax(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """``z_l = A x + g z_(l-1)``, ``B z_l``."""
     z = x @ m.A
-    if carry is not None:
+    if carry is not None and m.shift is not None:
+        centred = carry - carry.mean(-1, keepdim=True)
+        deviation = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        z = z + m.gate * centred / deviation + m.shift
+    elif carry is not None:
         z = z + (carry if m.gate is None else m.gate * carry)
     return z @ m.B, z
 
@@ -118,15 +190,30 @@ SPARSE = SLTrainOptions(delta=0.3, alpha=6.0)
 SCALAR = LaXOptions(gate="scalar")
 CASES = {
     "cola": Case("cola", CoLAOptions(), 1, naive_cola),
+    "dlr": Case("dlr", DLROptions(alpha=1.5), 1, naive_dlr),
+    "dlr-none": Case("dlr", DLROptions(alpha=1.5, activation="none"), 1, naive_dlr),
+    "loro": Case("loro", LOROOptions(), 1, naive_loro),
+    "lost": Case("lost", LOSTOptions(gamma=0.6, delta=0.3), 1, naive_lost),
+    "lost-released": Case("lost", LOSTOptions(gamma=0.6, released=True), 1, naive_lost),
+    "fosl": Case("fosl", FOSLOptions(alpha=0.4, lora_alpha=6.0), 1, naive_fosl),
+    "fosl-few": Case("fosl", FOSLOptions(alpha=0.4, lora_alpha=6.0, fold_frac=0.3), 0, naive_fosl),
+    "blast": Case("blast", BLASTOptions(), 1, naive_blast),
+    "blast-uneven": Case("blast", BLASTOptions(blocks=7), 0, naive_blast),
     "lora": Case("lora", LORA, 1, naive_lora),
     "relora": Case("relora", RELORA, 0, naive_lora),
+    "rso": Case("rso", RSOOptions(), 1, naive_rso),
     "sltrain": Case("sltrain", SPARSE, 1, naive_sltrain),
-    "value-resformer-first": Case("value-resformer", None, 0, naive_dense),
-    "value-resformer": Case("value-resformer", None, 2, naive_value),
+    "sst": Case("sst", SSTOptions(), 1, naive_sst),
+    "switchlora": Case("switchlora", SwitchLoRAOptions(alpha=6.0), 1, naive_lora),
+    "value-resformer-first": Case("value-resformer", ValueResFormerOptions(), 0, naive_dense),
+    "value-resformer": Case("value-resformer", ValueResFormerOptions(), 2, naive_value),
     "lax-first": Case("lax", SCALAR, 0, naive_lax),
     "lax-identity": Case("lax", LaXOptions(), 1, naive_lax),
     "lax-scalar": Case("lax", SCALAR, 2, naive_lax),
+    "lax-norm": Case("lax", LaXOptions(gate="norm"), 2, naive_lax),
 }
+UNDECAYED = {(linear, factor) for linear in ("sst", "switchlora") for factor in "AB"}
+"""Tensors that have one length, or are not to move."""
 each_case = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 """Of fp32 weights: computed in fp32, or under autocast to bf16."""
@@ -142,10 +229,12 @@ def make(case: Case, dtype: torch.dtype) -> LinearMap:
     generator = torch.Generator().manual_seed(0)
     for name, spec in case.method.tensors(case.slot, case.options).items():
         parameter = linear.get_parameter(name)
-        if spec.init.kind == "own":
+        if spec.init.kind == "own" and name != "weight":  # which would cancel an update, rounded
             words = functools.partial(generator_of, 0, "map")
             own = case.method.initial_value(name, case.slot, case.options, words)
             parameter.data.copy_(own)
+        elif spec.dtype == "int32":
+            parameter.data.zero_()  # a count, as it begins
         else:
             parameter.data.copy_(random(generator, *spec.shape) / 2)
     return linear.to(dtype)
@@ -314,20 +403,21 @@ def test_tensors(case: Case):
         parameter = linear.get_parameter(name)
         assert (tuple(parameter.shape), parameter.requires_grad) == (spec.shape, spec.trained)
         assert (parameter.dtype == torch.int32) == (spec.dtype == "int32")
-        assert spec.decays == (spec.role != "gain")
+        assert spec.decays == (spec.role != "gain" and (case.linear, name) not in UNDECAYED)
         assert spec.partner is None or tensors[spec.partner].partner == name
 
 
 @each_case
 def test_dense_weight(case: Case):
-    """The map without a carry, 1e-6; CoLA's is no matrix."""
+    """The map without a carry, 1e-6; one with an activation is no matrix."""
     linear = make(case, torch.float32)
-    if case.linear == "cola":
+    if getattr(linear, "is_active", False):
         with pytest.raises(NotImplementedError, match="not linear"):
             linear.dense_weight()
         return
     x, carry = inputs(case, torch.float32)
-    expected, _ = case.formula(linear, x, None if carry is None else torch.zeros_like(carry))
+    is_none = carry is None or linear.hands == "bottleneck"
+    expected, _ = case.formula(linear, x, None if is_none else torch.zeros_like(carry))
     actual = x @ linear.dense_weight().T
     assert_near({"y": actual.detach()}, {"y": expected.detach()}, 1e-6)
 
@@ -407,22 +497,6 @@ def test_recomputation(changes: dict[str, Any], autocast: bool):
             assert torch.equal(actual[name], tensor), (plan, name)
 
 
-def saved_bytes(model: LanguageModel, plan: RecomputePlan) -> int:
-    """Of distinct storages that autograd keeps, parameters not counted."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    model.recompute(plan)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = model(*tokens())
-    del loss
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in parameters)
-
-
 # --- CoLA -----------------------------------------------------------------------------------------
 
 
@@ -431,18 +505,19 @@ def test_cola_without_its_activation_is_low_rank(monkeypatch: pytest.MonkeyPatch
     case = CASES["cola"]
     linear = make(case, torch.float64)
     x, _ = inputs(case, torch.float64)
-    monkeypatch.setattr(cola_module, "silu", lambda z: z)
+    monkeypatch.setattr(activated, "silu", lambda z: z)
     plain = linears.get("lowrank").make(case.slot, linears.get("lowrank").Options())  # type: ignore[misc]
     plain.load_state_dict(linear.state_dict())
     assert torch.equal(linear(x, None)[0], plain.double()(x, None)[0])
 
 
-def test_cola_init():
+@pytest.mark.parametrize("linear", ["cola", "dlr"])
+def test_cola_init(linear: str):
     """Standard deviation of an item of A B: (D + F)^(-1/2), within 2 %."""
-    model = build(spec_of(linear="cola", hidden_size=256, intermediate_size=512, rank="64"), 0)
+    model = build(spec_of(linear=linear, hidden_size=256, intermediate_size=512, rank="64"), 0)
     for position in ("q", "down"):
-        linear: Any = model.model.blocks()[0].maps[position]
-        product = linear.A.detach() @ linear.B.detach()
+        made: Any = model.model.blocks()[0].maps[position]
+        product = made.A.detach() @ made.B.detach()
         wanted = sum(product.shape) ** -0.5
         assert float(product.std()) == pytest.approx(wanted, rel=0.02)
 
@@ -461,17 +536,57 @@ def test_cola_activation(activation: Any, hidden_size: int, kept: bool):
     assert spec_of(linear="cola", cola=options, hidden_size=hidden_size).keeps_activation == kept
 
 
-def test_cola_replay_keeps_less_than_cola_m():
-    """Exact: one more block keeps seven bottlenecks and the state that enters it."""
-    rows = tokens()[0].numel()
-    by_depth = []
-    for depth in (5, 6):
-        model = random_model(linear="cola", num_layers=depth)
-        plan = RecomputePlan("replay", tuple(range(1, depth + 1)))
-        by_depth.append(saved_bytes(model, plan))
+def cola_m(dtype: torch.dtype, num_layers: int) -> tuple[LanguageModel, RecomputePlan, MicroBatch]:
+    """CoLA under ``--train.recompute replay --train.recompute-layers every-1``."""
+    model = random_model(dtype, linear="cola", num_layers=num_layers, num_kv_heads=None)
+    plan = RecomputePlan("replay", parse_layers("every-1", num_layers))
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    sequences, length = tokens()[0].shape
+    return model, plan, MicroBatch(model.spec, sequences, length, precision)
+
+
+@each_dtype
+def test_cola_replay_keeps_less_than_cola_m(dtype: torch.dtype):
+    """Exact, a token and layer: seven bottlenecks and the state that enters the block, where CoLA-M
+    keeps two; counted, and by the cost model."""
     rank, hidden_size = 8, SMALL.hidden_size
-    assert by_depth[1] - by_depth[0] == 4 * rows * (7 * rank + hidden_size)
-    assert by_depth[1] - by_depth[0] < 4 * rows * (7 * rank + 2 * hidden_size)
+    found = []
+    for depth in (5, 6):
+        model, plan, micro_batch = cola_m(dtype, depth)
+        model.recompute(plan)
+        counted = memory.saved_bytes(model, *(each.contiguous() for each in tokens()))
+        assert counted == sum(kept_bytes(micro_batch, plan).values())
+        found.append(counted)
+    item_rows = dtype.itemsize * tokens()[0].numel()
+    assert found[1] - found[0] == item_rows * (7 * rank + hidden_size)
+    sizes = Sizes(1, hidden_size, SMALL.intermediate_size, SMALL.num_heads)
+    theirs = dtype.itemsize * formulas.kept_items_of_cola_m(sizes, rank, tokens()[0].numel())
+    assert theirs == item_rows * (7 * rank + 2 * hidden_size) > found[1] - found[0]
+
+
+def test_cola_replay_repeats_what_cola_m_does():
+    """Exact: FLOPs as torch counts them and as the cost model has them are eq. 40's."""
+    model, plan, micro_batch = cola_m(torch.float32, 6)
+    repeated = []
+    for each in (NONE, plan):
+        model.recompute(each)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(*tokens())[0].backward()
+        repeated.append(counter.get_total_flops())
+    sequences, length = tokens()[0].shape
+    sizes = Sizes(6, SMALL.hidden_size, SMALL.intermediate_size, SMALL.num_heads)
+    eq_40 = sequences * formulas.recompute_flops_of_cola_m(sizes, 8, length)
+    assert eq_40 == repeated[1] - repeated[0] == block_flops(micro_batch, plan)["recompute"]
+    at_8_3 = dataclasses.replace(sizes, hidden_size=30, intermediate_size=80)
+    eq_41 = formulas.recompute_flops(at_8_3, 8, 6, tokens=length)
+    assert formulas.recompute_flops_of_cola_m(at_8_3, 8, length) == pytest.approx(eq_41)
+
+
+def test_cola_m_has_the_gradients_of_cola():
+    """fp64, 1e-10: the block as published, only its bottlenecks kept, against one in one piece."""
+    model, plan, _ = cola_m(torch.float64, 3)
+    expected = step(model, NONE, autocast=False)
+    assert_near(step(model, plan, autocast=False), expected, EXACT)
 
 
 # --- LoRA and ReLoRA ------------------------------------------------------------------------------
@@ -531,7 +646,7 @@ def test_relora_reset():
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     forgets = model.run_events(30, seed=7)
     factors = {name for name in before if name.endswith((".A", ".B"))}
-    assert forgets == {name: Forget(name[-1], RELORA.kept_frac) for name in factors}
+    assert forgets == {name: Forget(name[-1], kept_frac=0.25) for name in factors}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -674,13 +789,32 @@ def slots_of(**changes: Any) -> list[Slot]:
             "relora",
             ReLoRAOptions(alpha=-1.0, merge_every=0, reset_every=0, kept_frac=1.0),
             [],
-            ["relora.alpha is", "relora.merge-every is 0", "reset-every is 0", "kept-frac is 1.0"],
+            ["relora.alpha is", "relora.merge-every is 0", "reset-every is 0", "kept-frac 1.0: it"],
+        ),
+        (
+            "relora",
+            ReLoRAOptions(reset="zero", kept_frac=0.5),
+            [],
+            ["kept-frac 0.5 has no effect with --model.relora.reset zero"],
+        ),
+        ("rso", RSOOptions(restart_every=0), [], ["--model.rso.restart-every is 0"]),
+        ("sst", SSTOptions(resample_every=0), [], ["--model.sst.resample-every is 0"]),
+        (
+            "switchlora",
+            SwitchLoRAOptions(alpha=0.0, switch_every=0.0, decay_steps=-1.0, held_steps=0),
+            [],
+            ["switchlora.alpha is", "switch-every is 0.0", "decay-steps is -1.0", "held-steps is"],
         ),
         ("sltrain", SLTrainOptions(alpha=0.0, delta=0.0), [], ["alpha is", "delta is 0.0"]),
         ("sltrain", SLTrainOptions(), [LARGE], ["down (65536 x 32768) has more items"]),
         ("sltrain", SLTrainOptions(), [Slot("q", 0, 1, 4, 8, 2, 0.02)], ["leaves no item of"]),
-        ("value-resformer", None, slots_of(linear="full"), []),
-        ("value-resformer", None, [LARGE], ["a position v, and this architecture has none"]),
+        ("value-resformer", ValueResFormerOptions(), slots_of(linear="full"), []),
+        (
+            "value-resformer",
+            ValueResFormerOptions(),
+            [LARGE],
+            ["a position v, and this architecture has none"],
+        ),
         ("lax", LaXOptions(), slots_of(linear="lax"), []),
         (
             "lax",
@@ -723,6 +857,10 @@ def test_published_sizes(preset: str, rank: int, delta: float):
     sparse = blocks * (4 * math.floor(delta * h * h) + 3 * math.floor(delta * h * f))
     assert total("cola") == total("lax") == (outside + factors, 0)
     assert total("lora") == total("relora") == (outside + factors, dense)
+    pools, held = blocks * h * (8 * h + 3 * (h + f)), 14 * blocks * rank
+    assert total("switchlora") == (outside + factors, dense + pools + held)
+    of_b, of_p = (blocks * rank * (4 * h + each) for each in (2 * f + h, 2 * h + f))
+    assert total("rso") == (outside + of_b, dense + of_p)
     values = total("sltrain", sltrain=SLTrainOptions(delta=delta))
     assert values == (outside + factors + sparse, sparse)
     assert total("value-resformer") == (outside + dense + 2 * (blocks - 1), 0)

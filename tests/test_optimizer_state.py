@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from crnet import optimizers
-from crnet.linears._maps import LinearMap
+from crnet.linears._maps import LinearMap, LowRankMap
 from crnet.model.seeds import generator_of
 from crnet.optimizers import Settings, forget, load_state
 from crnet.optimizers.adamw import AdamW, param_groups
@@ -170,7 +170,7 @@ def test_events_come_after_their_step_and_the_optimizer_forgets(
         return (Forget("A"),)
 
     monkeypatch.setattr(method, "events", lambda self, step, options: ("double",) * (step % 2 == 0))
-    monkeypatch.setattr(LinearMap, "run_event", run_event)
+    monkeypatch.setattr(LowRankMap, "run_event", run_event)
     config = tiny(corpus, model={"linear": "lowrank"}, train={"steps": 4, "save_every_steps": 1})
     result = run(config, tmp_path / "run")
     num_maps = 7 * 3

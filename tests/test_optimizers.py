@@ -143,7 +143,7 @@ def test_groups_keep_their_factors(name: str, options: Any):
         assert group["lr"] == SETTINGS.lr * group["lr_factor"]
         for parameter in group["params"]:
             spec = specs[id(parameter)]
-            share = options.adam_lr_factor if group.get("part") == "adam" else 1.0
+            share = getattr(options, "adam_lr_factor", 1.0) if group.get("part") == "adam" else 1.0
             assert group["lr_factor"] == spec.lr_factor * share
             assert group["weight_decay"] == (SETTINGS.weight_decay if spec.decays else 0.0)
             seen.append(id(parameter))

@@ -60,6 +60,7 @@ LAYOUTS = {2: [{"shard": 2}], 4: [{"shard": 4}, {"data": 2, "shard": 2}]}
 """By number of processes."""
 
 pytestmark = [
+    pytest.mark.timeout(900),
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes"),
 ]

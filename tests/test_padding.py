@@ -27,6 +27,7 @@ from crnet.optimizers import Settings
 from crnet.recompute.plan import RecomputePlan
 from crnet.storage import checkpoint
 from crnet.train import run as train
+from crnet.train import start
 from crnet.train.resume import all_weights, snapshot
 from shapes import is_legal, tiny
 from test_train import losses_of, run, weights_of
@@ -89,11 +90,11 @@ def filling(model: LanguageModel, tensors: dict[str, Tensor]) -> list[Tensor]:
 
 
 def test_who_can_be_padded():
-    """Not: ReLoRA, whose merge draws A anew as wide as it is; SLTrain, whose support is positions
-    in the matrix; Muon and APOLLO, whose updates hang on the shape of a matrix."""
+    """Not: ReLoRA, whose merge draws A anew as wide as it is; SLTrain and others, whose numbers
+    hang on a place in the matrix or its width; Muon and APOLLO, whose updates hang on its shape."""
     pads = {name for name in linears.names() if linears.get(name).pads}
-    assert {"crnet", "resformer", "full", "lowrank", "cola", "lora", "lax"} <= pads
-    assert not pads & {"relora", "sltrain"}
+    assert {"crnet", "resformer", "full", "lowrank", "cola", "lora", "lax", "loro"} <= pads
+    assert not pads & {"relora", "sltrain", "dlr", "lost", "fosl", "blast"}
     assert [name for name in optimizers.names() if optimizers.get(name).pads] == ["adamw"]
     assert {pair[1] for pair in PAIRS} == {"llama", "gpt2"}
     with pytest.raises(ValueError, match="cannot be padded"):
@@ -191,7 +192,8 @@ def test_odd_widths_are_padded_on_cuda(width, device, optimizer, wanted):
 
 def padded_runs(patch: pytest.MonkeyPatch) -> None:
     """From now on runs are stored on the CPU as they would be on CUDA."""
-    patch.setattr(train, "stored_on", lambda spec, *_: spec.padded(64))
+    for module in (start, train):
+        patch.setattr(module, "stored_on", lambda spec, *_: spec.padded(64))
 
 
 def odd_run(corpus: Path, linear: str, steps: int):

@@ -44,9 +44,11 @@ from crnet.optimizers import Settings
 from crnet.recompute.plan import RecomputePlan as Plan
 from shapes import random_tokens, randomised, tiny
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 RANKS = 2
 LAYERS = 4
-LIMIT_S = 240
+LIMIT_S = 600
 """Of the two processes together; a collective that one of them waits for alone gives up earlier."""
 
 PLANS = {

@@ -29,8 +29,8 @@ def report() -> dict[str, Any]:
 
 def test_stages_begin_at_the_restarts(program: Any) -> None:
     for name, starts in {"middle": [0, 4], "quarters": [0, 2, 4, 6]}.items():
-        spec = program.asked(program.models(program.SHAPE, 16)[name]).spec
-        stages = cut(spec, program.STAGES[name], program.LENGTH)
+        spec = program.small_study.asked(program.models(program.SHAPE, 16)[name]).spec
+        stages = cut(spec, program.STAGES[name], program.small_study.LENGTH)
         assert [stage.bottom for stage in stages] == starts
 
 
@@ -48,7 +48,7 @@ def test_raised_ranks_have_the_parameters(program: Any, rank: int) -> None:
 def test_the_kept_report_is_of_this_program(program: Any, report: dict[str, Any]) -> None:
     assert report["models"] == program.described(program.models(program.SHAPE, 16))
     assert report["words"] == program.COMMON
-    tokens = 1000 * program.ROWS * program.LENGTH
+    tokens = 1000 * program.small_study.ROWS * program.small_study.LENGTH
     assert {run["tokens"] for run in report["runs"].values()} == {tokens}
 
 

@@ -15,12 +15,13 @@ from crnet.config.model_spec import model_spec
 from crnet.config.presets import PRESETS
 from crnet.config.sections import SIZES, ParallelConfig, RunConfig, options_of
 from crnet.config.serialize import override
-from crnet.cost.clock import stage_seconds
+from crnet.cost.clock import clock_of
 from crnet.cost.fleet import parse_fleet
 from crnet.cost.hardware import DEVICES as HARDWARE
 from crnet.cost.layout_choice import chosen, closest
 from crnet.cost.layout_search import LayoutSpace
 from crnet.cost.shared import RankBytes, bytes_of_rank
+from crnet.cost.stage_clock import stage_seconds
 from crnet.cost.stage_memory import process_bytes
 from crnet.cost.stages import boundary_bytes, cut
 from crnet.cost.step import step_flops
@@ -40,7 +41,7 @@ def whole_table() -> list[str]:
         method = optimizers.get(name)
         options = method.Options and method.Options()
         whole = {
-            role: method.whole(TensorSpec((4, 4), role, normal(1.0)), options)
+            role: method.whole(TensorSpec((64, 64), role, normal(1.0)), options)
             for role in get_args(Role)
             if role != "index"  # not trained
         }
@@ -135,7 +136,8 @@ def paper_setting() -> list[str]:
         batch = {"batch_size": 16 * processes, "micro_batch_size": 16}
         work = workload(override(config, train=batch))
         stages = cut(work.spec, processes, 4096)
-        seconds = sum(map(sum, stage_seconds(work, stages, work.plan, on)))
+        computed = stage_seconds(clock_of(work.micro_batch, on), work.plan, stages)
+        seconds = sum(each.both_s for each in computed)
         flops = step_flops(work, work.plan)["total"] / processes
         crossing = 2 * sum(boundary_bytes(work.micro_batch, each.bottom) for each in stages[1:])
         fullest = max(sum(each.values()) for each in process_bytes(work, config.parallel))
@@ -163,6 +165,7 @@ def test_on_paper_one_line() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two and a half minutes of one core, where nothing else runs
 def test_on_paper() -> None:
     every = itertools.product(SIZES_ON_PAPER, ("full", "crnet"), DEVICES)
     table = "\n".join(on_paper(*each) for each in every)
@@ -191,10 +194,14 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     "recompute `block`, `replay`": {
         name: {"train": {"recompute": name}} for name in ("block", "replay")
     },
+    "activations kept as nf4": {
+        name: {"train": {"recompute": name, "keep_as": "nf4"}} for name in ("none", "replay")
+    },
     "recompute `invert`": {"": {"train": {"recompute": "invert"}}},
     "bf16-mixed": {"": {"train": {"precision": "bf16-mixed"}}},
     "bf16": {"": {"train": {"precision": "bf16"}}},
     "`--train.compile`": {"": {"train": {"compile": True}}},
+    "`--train.adapter`": {"": {"train": {"adapter": "lora", "init_from": Path("run")}}},
     "checkpoints in parts": {"": {"parallel": {"checkpoint": "parts"}}},
     "tied head": {"": {"model": {"tie_embeddings": True}}},
 }

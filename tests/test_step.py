@@ -35,6 +35,7 @@ from crnet.storage import checkpoint, metrics
 from crnet.storage.checkpoint import Progress
 from crnet.train import loop as loops
 from crnet.train import run as train
+from crnet.train import start
 from crnet.train.deterministic import WORKSPACE, deterministic
 from crnet.train.resume import snapshot
 from crnet.train.step import Step, in_parts, one_tensor
@@ -185,7 +186,9 @@ def late_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
     train.run(config, folder, progress=False)
     rows = metrics.read(folder / "metrics.jsonl")
-    return [{key: row[key] for key in row if key != "tokens_per_s"} for row in rows]
+    return [
+        {key: row[key] for key in row if key not in ("tokens_per_s", "peak_bytes")} for row in rows
+    ]
 
 
 def on(corpus: Path, **sections: Any) -> RunConfig:
@@ -212,7 +215,7 @@ def test_a_late_run_saves_and_logs_nothing_of_a_bad_step(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_runs: None, bad_step: int
 ) -> None:
     """At a step that is due for a checkpoint, at one where nothing is due, at the last."""
-    build_model, calls = train.build, iter(range(1, 100))
+    build_model, calls = start.build, iter(range(1, 100))
 
     def spoiled(*arguments: Any) -> Any:
         model = build_model(*arguments)
@@ -225,7 +228,7 @@ def test_a_late_run_saves_and_logs_nothing_of_a_bad_step(
         model.forward = call
         return model
 
-    monkeypatch.setattr(train, "build", spoiled)
+    monkeypatch.setattr(start, "build", spoiled)
     with pytest.raises(TrainingError, match=f"step {bad_step}: loss nan"):
         run(on(corpus, train={"save_every_steps": 4}), tmp_path / "run")
     saved = checkpoint.newest(tmp_path / "run")
@@ -378,7 +381,7 @@ def test_in_bf16_products_are_autocasts(rows: Rows, monkeypatch: pytest.MonkeyPa
     model = build(model_spec(TINY.model), 3, CPU)
     found = evaluate_unless(lambda: False, model, rows, 600, "bf16")
     assert found is not None
-    monkeypatch.setattr(evaluation, "_computing", lambda *_: torch.no_grad())
+    monkeypatch.setattr(evaluation, "computing", lambda *_: torch.no_grad())
     with torch.autocast("cpu", torch.bfloat16):
         wanted = evaluate_unless(lambda: False, model, rows, 600)
     assert found == wanted

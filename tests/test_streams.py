@@ -110,7 +110,10 @@ def test_kept_bytes_of_reads(stream: str, dtype: torch.dtype):
             y_BTD = torch.randn(2, 3, size, dtype=dtype, requires_grad=True)
             state = module.write(state, y_BTD) if idx < sublayers else state
             alive += [module, x_BTD, y_BTD, state]
-            work = method.work(idx, sublayers, rows, size, dtype.itemsize, dtype.itemsize)
+            work = method.work(
+                *(idx, sublayers, spec.shape, spec.stream_options),
+                *(rows, dtype.itemsize, dtype.itemsize),
+            )
             expected += work.kept_bytes + rows * size * dtype.itemsize
             expected += rows * size * dtype.itemsize if work.keeps_writes else 0
     assert sum(nbytes for address, nbytes in kept.items() if address not in own) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from crnet.cli.app import main
 from crnet.config import presets
 from crnet.config.sections import ParallelConfig, num_stages
 from crnet.config.serialize import override
-from crnet.cost.clock import WAYS, num_kernels, stage_seconds, step_seconds
-from crnet.cost.hardware import DEVICES, device
+from crnet.cost.clock import WAYS, Way, clock_of
+from crnet.cost.hardware import DEVICES, Device, device
 from crnet.cost.plan_choice import usual_plan
+from crnet.cost.stage_clock import num_kernels, stage_seconds, step_seconds
 from crnet.cost.stages import Stage, boundary_bytes, cut, in_flight
 from crnet.cost.timeline import equal_bubble, order, picture, simulate, timeline_of
 from crnet.cost.workload import Workload, workload
 from crnet.errors import ConfigError
+from crnet.recompute.plan import RecomputePlan
 
 SIZES = [(p, m) for p, most in ((2, 8), (3, 9), (4, 16)) for m in range(p, most + 1, p)]
 CASES = [
@@ -194,18 +197,26 @@ def test_stages_add_up_to_the_whole(linear: str, policy: Any):
         for way in WAYS:
             if f"{way}: total" not in whole:
                 continue
-            forward, backward = stage_seconds(work, stages, plan, device("5e13,900"), way)
+            forward, backward = passes(work, stages, plan, device("5e13,900"), way)
             wanted = whole[f"{way}: total"] - whole[f"{way}: optimizer"]
             assert sum(forward) + sum(backward) == pytest.approx(wanted)
             assert len(forward) == len(backward) == count
             assert all(b > f > 0 for f, b in zip(forward[:-1], backward[:-1], strict=True))
 
 
+def passes(
+    work: Workload, stages: Sequence[Stage], plan: RecomputePlan, on: Device, way: Way = "eager"
+) -> tuple[list[float], list[float]]:
+    """Seconds of each stage, forward and backward."""
+    computed = stage_seconds(clock_of(work.micro_batch, on), plan, stages, way=way)
+    return [each.forward_s for each in computed], [each.backward_s for each in computed]
+
+
 def test_the_head_is_in_the_last_forward_pass():
     """As much as the cost model says of the whole; the blocks below are alike."""
     work = published("full", "bf16")
     stages = cut(work.spec, 12, work.micro_batch.length)
-    forward, backward = stage_seconds(work, stages, work.plan, device("5e13,900"))
+    forward, backward = passes(work, stages, work.plan, device("5e13,900"))
     head = step_seconds(work, work.plan, device("5e13,900"))["eager: head"]
     assert forward[-1] - forward[-2] == pytest.approx(head, rel=0.05)
     assert forward[1:-2] == pytest.approx([forward[1]] * 9)
@@ -222,8 +233,8 @@ def test_no_pass_is_faster_than_its_host():
         )
     )
     stages = cut(work.spec, 4, 64)
-    forward, backward = stage_seconds(work, stages, work.plan, device("h100"))
-    kernels = num_kernels(work.micro_batch, work.plan)
+    forward, backward = passes(work, stages, work.plan, device("h100"))
+    kernels = num_kernels(clock_of(work.micro_batch, DEVICES["h100"]), work.plan)
     assert sum(forward) + sum(backward) == pytest.approx(kernels * DEVICES["h100"].issue_s)
 
 
@@ -236,7 +247,7 @@ def test_a_run_is_cut_and_timed_as_its_configuration_says():
     )
     work, on = workload(run), device("5e13,900")
     stages = cut(work.spec, 4, work.micro_batch.length)
-    forward, backward = stage_seconds(work, stages, work.plan, on)
+    forward, backward = passes(work, stages, work.plan, on)
     sent = [boundary_bytes(work.micro_batch, each.bottom) / 1e9 for each in stages[1:]]
     assert min(sent) > 0
     for link, transfer in ((None, 0.0), (1e9, sent)):

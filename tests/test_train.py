@@ -28,6 +28,7 @@ from crnet.model.build import build, set_dtype
 from crnet.storage import checkpoint, metrics
 from crnet.storage.checkpoint import Progress
 from crnet.train import run as train
+from crnet.train import start
 from crnet.train.step import learning_rate
 
 LINEARS = ("crnet", "full", "lowrank")
@@ -164,7 +165,7 @@ def test_micro_batches_add_up_to_the_batch(
         # fp64 sums in another order: 1e-17 in a gradient, over Adam's eps (1e-8), times the rate.
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-9)
     for ours, wanted in zip(rows_of(folders[size]), rows_of(folders[8]), strict=True):
-        for key in wanted.keys() - {"tokens_per_s", "val_precision"}:
+        for key in wanted.keys() - {"tokens_per_s", "peak_bytes", "val_precision"}:
             assert ours[key] == pytest.approx(wanted[key], rel=1e-10)
         assert ours["step"] == wanted["step"]
         assert ours.get("tokens") == wanted.get("tokens")
@@ -259,9 +260,7 @@ def test_evaluation_is_the_mean_over_tokens(corpus: Path, tmp_path: Path, mode: 
     last = rows_of(tmp_path / "run")[-1]
     assert last == {
         "step": 2,
-        "val_loss": result.after.loss,
-        "val_perplexity": result.after.perplexity,
-        "val_tokens": count,
+        **result.after.figures(),
         "val_precision": "fp32",
     }
 
@@ -335,7 +334,7 @@ def test_a_run_with_recomputation_is_the_run_without_it(
     again = {"recompute": policy}
     run(tiny(corpus, train=common | again, optimizer=clip), tmp_path / policy)
     for one, other in zip(rows_of(tmp_path / "none"), rows_of(tmp_path / policy), strict=True):
-        drop = {"tokens_per_s"}
+        drop = {"tokens_per_s", "peak_bytes"}
         assert {k: v for k, v in one.items() if k not in drop} == {
             k: v for k, v in other.items() if k not in drop
         }
@@ -399,8 +398,8 @@ def test_non_finite_loss_stops_the_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = []
-    build = train.build
-    monkeypatch.setattr(train, "build", lambda *a: built.append(build(*a)) or built[-1])
+    build = start.build
+    monkeypatch.setattr(start, "build", lambda *a: built.append(build(*a)) or built[-1])
     config = tiny(
         corpus,
         optimizer={"lr": 1e30, "weight_decay": 1.0, "clip_norm": 0.0, "warmup_frac": 0.0},
@@ -430,7 +429,7 @@ def test_one_bad_number_is_enough(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Before any checkpoint; the bad number is put in at step 3, in the loss or a gradient only."""
-    build, steps = train.build, iter(range(1, 100))
+    build, steps = start.build, iter(range(1, 100))
 
     def spoiled(*arguments: Any) -> Any:
         model = build(*arguments)
@@ -448,7 +447,7 @@ def test_one_bad_number_is_enough(
         model.forward = call
         return model
 
-    monkeypatch.setattr(train, "build", spoiled)
+    monkeypatch.setattr(start, "build", spoiled)
     with pytest.raises(TrainingError, match=r"step 3: .*positions 16 to 23") as caught:
         run(tiny(corpus), tmp_path / "run")
     assert "none was saved yet" in str(caught.value)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from crnet.cost import hardware
-from crnet.cost.clock import step_seconds
+from crnet.cost.stage_clock import step_seconds
 from crnet.cost.workload import Workload
 from crnet.kernels import compiled, loss_chunks
 from crnet.recompute.plan import RecomputePlan

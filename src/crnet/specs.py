@@ -13,6 +13,7 @@ from typing import Literal
 Role = Literal[
     "embedding",
     "head",
+    "router",
     "norm",
     "bias",
     "gain",
@@ -21,10 +22,12 @@ Role = Literal[
     "factor_out",
     "values",
     "index",
+    "count",
 ]
-"""What a tensor is to the model. ``matrix``: dense, (out, in). ``factor_in`` (in, rank) and
-``factor_out`` (rank, out): a pair. ``gain``: scalars of a carry or a stream. ``values`` and
-``index``: of a sparse matrix."""
+"""What a tensor is to the model. ``router``: a row an expert. ``matrix``: dense, (out, in).
+``factor_in`` (in, rank) and ``factor_out`` (rank, out): a pair. ``gain``: scalars of a carry or a
+stream. ``values`` and ``index``: of a sparse matrix, or singular values and which of them are
+trained. ``count``: of steps, kept by an event."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ class TensorSpec:
     lr_factor: float = 1.0
     """Learning rate over the base rate."""
     decays: bool = True
+    is_cast: bool = True
+    """Whether autocast makes a cast of it, where its role is one that products read. Not of what
+    events alone read, nor of what is an input for its gradient."""
 
     @property
     def num_items(self) -> int:
@@ -97,10 +103,17 @@ class Shape:
     norm_eps: float
     init_std: float
     tie_embeddings: bool
+    head_size: int
 
     @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
+    def attention_size(self) -> int:
+        """Width of the queries of all heads, and of what attention gives."""
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys of all heads, and of the values."""
+        return self.num_kv_heads * self.head_size
 
 
 Side = Literal["columns", "rows"]
@@ -123,6 +136,23 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """Of a map that stands beside others of its kind, of which every token goes through some."""
+
+    idx: int
+    count: int
+    """How many there are."""
+    active: int
+    """How many of them a token goes through."""
+
+    def rows(self, tokens: int) -> int:
+        """Rows of this one, were all as busy as each other. Whatever is in proportion to rows is
+        exact in sum over the experts, however a router deals the tokens out."""
+        share, rest = divmod(tokens * self.active, self.count)
+        return share + (self.idx < rest)
+
+
+@dataclass(frozen=True)
 class Position:
     """A linear map that every block has."""
 
@@ -137,6 +167,18 @@ class Position:
     split: Side | None = None
     """By which side processes share the map, each with some of the heads or of the feed-forward's
     columns; None: they cannot."""
+    head_size: int = 0
+    """Of an output that is heads side by side; 0: it is not."""
+    expert: Expert | None = None
+    """None: every token goes through the map."""
+    is_operator: bool = False
+    """Whether it is no map but the output of several, a layer of experts: what a parameterization
+    with a carry adds the carry to (``Parameterization.of``)."""
+
+    @property
+    def kind(self) -> str:
+        """``gate`` of ``gate.3``: ranks and counts are those of all experts."""
+        return self.name.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -152,6 +194,20 @@ class Slot:
     rank: int
     """0 where the map is full rank."""
     init_std: float
+    head_size: int = 0
+    """The position's."""
+    expert: Expert | None = None
+    is_operator: bool = False
+    """Both as of its ``Position``."""
+
+    @property
+    def kind(self) -> str:
+        """As of its ``Position``."""
+        return self.position.partition(".")[0]
+
+    def rows(self, tokens: int) -> int:
+        """That the map gets of so many tokens."""
+        return tokens if self.expert is None else self.expert.rows(tokens)
 
 
 @dataclass(frozen=True)
@@ -235,10 +291,15 @@ class Work:
     forward_flops: int
     backward_flops: int
     weight_items: int
-    """Items of the weights that products read; autocast keeps a cast of each."""
+    """Items of its own weights that products read; autocast keeps a cast of each."""
+    shared_items: int = 0
+    """Of those that the map shares with other blocks (``Parameterization.shared``)."""
     keeps_input: bool = True
     kept_bytes: int = 0
     """What autograd keeps beside the input and the carry."""
+    kept_items: tuple[int, ...] | None = None
+    """Items of each tensor among them that has some for every token, in the compute dtype; the
+    rest are gains and statistics. None: all of them are one such tensor."""
     bottleneck_bytes: int = 0
     """What the output follows from without the input; 0: the output itself."""
     rebuild_flops: int = 0
@@ -267,14 +328,18 @@ class BlockWork:
     input_bytes: Mapping[str, int]
     """Of each input that maps read, by its name."""
     kept_inputs: frozenset[str]
-    """Inputs that the block keeps even where no map does."""
+    """Inputs that attention keeps even where no map does."""
     kept_outputs: tuple[str, ...]
     """Positions whose outputs the block keeps, in the compute dtype."""
     kept_bytes: int
     """What else it keeps: statistics, rotated queries and keys; a sum with a bias is another
     tensor than the output. Not the inputs of its sublayers."""
+    kept_items: tuple[int, ...]
+    """Items of each tensor among them in the compute dtype; the rest are statistics."""
     attention_bytes: int
     """Output and log-sum-exp of attention: kept once more where attention is not run again."""
+    attention_items: int
+    """Of the output among them; the rest are statistics, which ``kept_bytes`` holds too."""
     activation_bytes: int
     """Alive in the backward pass of the feed-forward's activation beyond what is kept."""
     passes: Passes = Passes()
@@ -282,6 +347,10 @@ class BlockWork:
     backward_passes: Passes = Passes()
     attention_moved_bytes: int = 0
     """What attention reads and writes, forward; backward twice that."""
+    routing_flops: int = 0
+    """Of the forward: products beside attention, which no policy keeps."""
+    mask_bytes: int = 0
+    """Of a mask that attention of every block keeps, one for all of them."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +361,14 @@ class StreamWork:
     """What autograd keeps beside what a sublayer gets and the written outputs."""
     keeps_writes: bool = False
     """Whether later reads keep what a sublayer wrote (and the embedding)."""
+    kept_state_bytes: int = 0
+    """Of the state behind it, what the next blocks have among their inputs for the first time and
+    is no output: kept where blocks are run again."""
+    reads_apart: bool = False
+    """Whether what the sublayer gets is another tensor than those of the state."""
+    repeats_output: bool = False
+    """Whether the write itself keeps what it made of the output: a block that is run again makes
+    that once more."""
     forward_flops: int = 0
     backward_flops: int = 0
     gradient_bytes: int = 0
@@ -308,5 +385,12 @@ class Forget:
 
     tensor: str
     """Name of the parameter in its module."""
+    indices: tuple[int, ...] | None = None
+    """Of its rows, or columns (``dim`` 1); None: all of it."""
+    dim: int = 0
     kept_frac: float = 0.0
-    """Share of the items of its state that stay, at random."""
+    """Share of the items of its state that stay."""
+    kept: Literal["random", "largest"] = "random"
+    """Which: drawn at random, or those of the largest first moment."""
+    restarts: bool = False
+    """Whether the count of its steps begins anew too: the next step is a first one."""

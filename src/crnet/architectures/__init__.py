@@ -48,6 +48,8 @@ class Architecture:
     """Whether the embedding is the head where the configuration does not say."""
     input_modules: Mapping[str, str] = {}
     """By the name of an input (``Position.input``): the module of the block whose output it is."""
+    compiles: bool = True
+    """Whether ``--train.compile`` can take its blocks: no shape in them hangs on values."""
     pads: bool = False
     """Whether a feed-forward whose maps give 0 in some columns has 0 there, and hands back a
     gradient of 0."""
@@ -60,6 +62,24 @@ class Architecture:
         """Most tokens of a row; None: any number."""
         return None
 
+    def window(self, options: Any) -> int | None:
+        """Tokens that one attends to, itself among them; None: all before it."""
+        return None
+
+    def balance_factor(self, options: Any) -> float:
+        """Share in the gradient of how uneven its experts are (``Context.uneven``); 0: none."""
+        return 0.0
+
+    def packs(self, options: Any) -> bool:
+        """Whether what its blocks keep may be kept as codes (``--train.keep-as``): what has more
+        than one item a token is activations, nothing that has to stay exact."""
+        return True
+
+    def plain_form(self, shape: Shape, options: Any) -> Mapping[str, Any] | None:
+        """Of transformers' own model that has these tensors by these names, every map a matrix:
+        what its ``config.json`` says beyond the sizes. None: there is none."""
+        return None
+
     def positions(self, shape: Shape, options: Any) -> tuple[Position, ...]:
         """The linear maps of a block, in the order of the published tables."""
         raise NotImplementedError
@@ -68,6 +88,11 @@ class Architecture:
         """Every parameter that is no linear map's and no head, by its full name, in the order of
         the model."""
         raise NotImplementedError
+
+    def summed(self, shape: Shape, options: Any) -> tuple[str, ...]:
+        """Full names of tensors whose gradients are summands where processes share the heads: each
+        has them whole, and finds the gradient of its own heads (``--parallel.tensor``)."""
+        return ()
 
     def work(self, shape: Shape, options: Any, batch: Batch, keeps_activation: bool) -> BlockWork:
         """What a block does between its maps."""
@@ -96,20 +121,25 @@ class Architecture:
         and what else the family has."""
         raise NotImplementedError
 
-    def embed(self, outside: Any, tokens_BT: Tensor, start: int) -> Tensor:
-        """The stream's first tensor, (B, T, D), of tokens at positions ``start`` and on."""
-        return outside.embed_tokens(tokens_BT)
+    def embed(self, outside: Any, tokens_BT: Tensor, start: int | Tensor) -> Tensor:
+        """The stream's first tensor, (B, T, D), of tokens at positions ``start`` and on; or at
+        those that ``start`` gives for each, (B, T) or (1, T)."""
+        return self.place(outside, outside.embed_tokens(tokens_BT), start)
+
+    def place(self, outside: Any, x_BTD: Tensor, start: int | Tensor) -> Tensor:
+        """Embedded tokens with what tells their positions, where that is added to them."""
+        return x_BTD
 
     def context(
         self,
         shape: Shape,
         options: Any,
-        start: int,
+        start: int | Tensor,
         length: int,
         device: torch.device,
         caches: Sequence[LayerCache] | None,
     ) -> Any:
-        """What every block needs of these tokens besides their state."""
+        """What every block needs of these tokens besides their state. ``start``: as ``embed``'s."""
         raise NotImplementedError
 
 

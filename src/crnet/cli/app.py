@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "train": "train",
+    "finetune": "finetune",
     "cost": "cost",
     "profile": "profile",
     "plan": "plan",
@@ -38,10 +39,15 @@ COMMANDS = {
     "prepare": "prepare",
     "evaluate": "evaluate",
     "generate": "generate",
+    "observe": "observe",
+    "report": "report",
+    "watch": "watch",
     "consolidate": "consolidate",
+    "export": "export",
     "list": "listing",
     "demo": "demo",
     "paper": "paper",
+    "protocol": "protocol",
     "check-plugin": "check_plugin",
 }
 """Name of each command -> its module in this folder."""
@@ -52,6 +58,7 @@ EPILOGUE = (
     f"{', '.join(sorted(environment.COMMANDS))}: {environment.FLAG} leaves the waiting of threads "
     "and malloc as the environment has them."
 )
+COMPLETION = "Complete commands and flags with Tab: write the script of your shell."
 
 
 def build_app(only: str | None = None) -> cyclopts.App:
@@ -78,6 +85,7 @@ def build_app(only: str | None = None) -> cyclopts.App:
         function = declared_function(Path(__file__).parent / f"{module}.py")
         path = f"crnet.cli.{module}:{function.name}"
         app.command(path, name=name, help=ast.get_docstring(function, clean=False))
+    app.register_install_completion_command(help=COMPLETION)
     return app
 
 

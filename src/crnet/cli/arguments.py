@@ -79,9 +79,10 @@ class Command:
     """A command: every module of a command has one, ``COMMAND``."""
 
     function: Callable[..., None]
-    layers: Literal["run", "data", "checkpoint"] | None = None
+    layers: Literal["run", "data", "checkpoint", "tuned"] | None = None
     """What stands behind its command line. run: files, then the preset or the resumed run; data:
-    files; checkpoint: files, then the data of the checkpoint's run; none: nothing."""
+    files; checkpoint: files, then the data of the checkpoint's run; tuned: files, then all of that
+    run but its corpus; none: nothing."""
 
 
 def print_json(value: Any) -> None:

@@ -15,8 +15,6 @@ from crnet.cli.arguments import (
 )
 from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
-from crnet.config.serialize import override
-from crnet.errors import ConfigError
 
 
 def cost(
@@ -43,18 +41,12 @@ def cost(
     plot
         Draw memory and FLOPs of the parameterizations side by side, into PLOT.png and PLOT.svg.
     """
-    from crnet.cost import hardware, table
-    from crnet.cost.workload import workload
+    from crnet.cost import table
 
-    if ranks < 1:
-        raise ConfigError(f"--ranks is {ranks}; it must be 1 or more")
     run_config = settings.of(preset)
     check(run_config)
-    on = hardware.device(device) if device else None
-    if on and hardware.is_gpu(on) and run_config.train.device == "auto":
-        run_config = override(run_config, train={"device": "cuda"})
-    work = workload(run_config)
-    rows, titles = table.cost_rows(work, on, ranks), table.titles(work, on, ranks)
+    run_config, on = table.placed(run_config, device)
+    rows, titles = table.table_of(run_config, on, ranks)
     if as_json:
         print_json({"rows": [vars(row) for row in rows], "titles": titles})
     else:

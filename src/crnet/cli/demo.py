@@ -8,9 +8,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from crnet.cli.arguments import DEFAULT_PRESET, Command, Json, Switch, print_json
-from crnet.cli.layering import new_run
 from crnet.config import presets
 from crnet.config.serialize import override
+from crnet.train.folders import new_run
 
 Sides = Annotated[tuple[str, ...], Parameter(name="--side", negative=())]
 
@@ -37,6 +37,7 @@ def demo(
         Methods to train, the first of which writes a text; none: CR-Net and full rank.
     """
     from crnet.compare import demo as demonstration
+    from crnet.report.plots import NEEDS
 
     config = demonstration.short(presets.get(DEFAULT_PRESET))
     config = demonstration.quick(config) if quick else config
@@ -47,7 +48,7 @@ def demo(
         print_json(figures)
         return
     print(demonstration.table(figures))
-    print(f"\nloss curves  {figures['picture']}")
+    print(f"\nloss curves  {figures['picture'] or NEEDS}")
     for linear, row in figures["rows"].items():
         print(f"{linear:12} run {row['run']}, checkpoint {row['checkpoint']}")
     print(f"\n{chosen[0]} continues {figures['prompt']!r}:\n{figures['prompt']}{figures['sample']}")

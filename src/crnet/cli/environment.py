@@ -24,8 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from crnet.errors import ConfigError
+from crnet.parallel.cores import num_cores
 
-COMMANDS = {"train", "demo", "profile", "evaluate", "generate"}
+COMMANDS = {"train", "finetune", "demo", "profile", "evaluate", "generate"}
 """Those that compute for long, or measure."""
 FLAG = "--no-tune-process"
 SWITCH = "CRNET_TUNE_PROCESS"
@@ -100,24 +101,6 @@ def missing(
     if platform == "linux" and libc >= FIRST_GLIBC and not own and "LD_PRELOAD" not in environ:
         found["GLIBC_TUNABLES"] = MALLOC
     return found
-
-
-def num_cores() -> int:
-    """Cores that this process may use: its affinity, and what its control group is granted."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
-    return min(count, _granted(Path("/sys/fs/cgroup/cpu.max")) or count)
-
-
-def _granted(file: Path) -> int | None:
-    """Whole cores of a control group's quota; None: no quota."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = file.read_text(encoding="ascii").split()
-        if quota != "max":
-            return max(1, -(-int(quota) // int(period)))
-    return None
 
 
 def glibc() -> tuple[int, ...]:

@@ -2,54 +2,105 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
 from crnet.cli.arguments import CheckpointPath, Command, DataFiles, Device, Json, print_json
 from crnet.cli.layering import open_checkpoint
 from crnet.config.check import check
 from crnet.config.sections import DataConfig, RunConfig
-from crnet.errors import ConfigError
+from crnet.inference.asked import Protocol, TaskOptions, check_asked
+
+if TYPE_CHECKING:
+    from crnet.storage.checkpoint import Checkpoint
+
+Tasks = Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)]
 
 
 def evaluate(
     checkpoint: CheckpointPath,
     /,
     *,
+    protocol: Protocol = "rows",
+    window: int | None = None,
+    stride: int | None = None,
+    tasks: Tasks = (),
+    options: Annotated[TaskOptions, Parameter(name="*")] = TaskOptions(),
     config: DataFiles = (),
     as_json: Json = False,
     device: Device = "auto",
     data: DataConfig = DataConfig(),
 ) -> None:
-    """Evaluate a checkpoint: token-weighted fp32 loss on its validation set, or another corpus."""
-    from crnet.data.prepare import prepare as prepare_data
-    from crnet.data.rows import Rows, validation_hash
-    from crnet.inference import evaluate as evaluation
-    from crnet.inference.load import load_model, pick_device
+    """Evaluate a checkpoint: on its validation set, another corpus or lm-eval's tasks; in fp32.
 
+    Parameters
+    ----------
+    protocol
+        rows: the rows of the validation set, as during training; document: every document by
+        itself, all tokens; sliding: the corpus as one text under a sliding window.
+    window
+        document, sliding, tasks: most tokens that the model reads at once; none: a row's.
+    stride
+        sliding: tokens from one window's start to the next one's; none: half a window.
+    tasks
+        Tasks of lm-eval, by name or as .yaml files, in place of a corpus.
+    """
     check(RunConfig(data=data))
+    check_asked(protocol, bool(tasks), options, {"--window": window, "--stride": stride})
     saved = open_checkpoint(checkpoint)
-    prepared = prepare_data(data)
-    if prepared.tokenizer_hash != saved.extra.get("tokenizer"):
-        raise ConfigError(
-            f"{saved.folder}: was trained with another tokenizer than this corpus is prepared "
-            f"with; give --data.tokenizer {saved.folder}"
+    if tasks:
+        from crnet.inference.on_texts import evaluate_on_tasks
+
+        figures = evaluate_on_tasks(saved, data, device, tasks, window, options)
+        words = _task_lines(figures)
+    elif protocol == "rows":
+        figures = _rows(saved, data, device)
+        words = (
+            f"loss {figures['val_loss']:.6f}, perplexity {figures['val_perplexity']:.4f}, "
+            f"{figures['val_bits_per_byte']:.4f} bits a byte, accuracy "
+            f"{figures['val_accuracy']:.2%} over {figures['val_tokens']:,} tokens "
+            f"({figures['val_bytes']:,} bytes) of set {figures['validation_hash'][:12]}"
         )
-    rows = Rows(prepared, "validation", data.sequence_length, data.rows)
-    model = load_model(saved, pick_device(device))
-    found = evaluation.evaluate(model, rows, data.validation_tokens)
-    figures = {
-        "checkpoint": str(saved.folder),
-        "step": saved.progress.step,
-        "val_loss": found.loss,
-        "val_perplexity": found.perplexity,
-        "val_tokens": found.tokens,
-        "validation_hash": validation_hash(rows, data.validation_tokens),
-    }
+    else:
+        from crnet.inference.on_texts import evaluate_on_texts
+
+        found, cut = evaluate_on_texts(saved, data, device, protocol, window, stride)
+        figures = {"protocol": protocol, **cut, **found.figures()}
+        words = (
+            f"loss {figures['loss']:.6f}, perplexity {figures['perplexity']:.4f} a token, "
+            f"{figures['word_perplexity']:.4f} a word, {figures['bits_per_byte']:.4f} bits a byte, "
+            f"accuracy {figures['accuracy']:.2%} over {figures['tokens']:,} tokens "
+            f"({figures['bytes']:,} bytes) of {figures['documents']:,} documents"
+        )
     if as_json:
-        print_json(figures)
-        return
-    print(
-        f"{saved.folder}: loss {found.loss:.6f}, perplexity {found.perplexity:.4f} over "
-        f"{found.tokens:,} tokens of set {figures['validation_hash'][:12]}"
-    )
+        print_json({"checkpoint": str(saved.folder), "step": saved.progress.step, **figures})
+    else:
+        print(f"{saved.folder}: {words}")
+
+
+def _task_lines(figures: dict[str, Any]) -> str:
+    """A line for each metric."""
+    lines = ["lm-eval"]
+    for name, row in (figures["groups"] | figures["tasks"]).items():
+        shots, documents = row["num_fewshot"], row["documents"]
+        lines.append(f"  {name} ({shots} shots, {documents} documents)")
+        for metric, value in row.items():
+            if metric in ("num_fewshot", "documents", "version") or "_stderr" in metric:
+                continue
+            base, _, filtered = metric.partition(",")
+            error = row.get(f"{base}_stderr" + (f",{filtered}" if filtered else ""))
+            around = f" +- {error:.4f}" if error is not None else ""
+            lines.append(f"    {metric:24} {value:.4f}{around}")
+    return "\n".join(lines)
+
+
+def _rows(saved: Checkpoint, data: DataConfig, device: str) -> dict[str, Any]:
+    """Figures of the validation rows."""
+    from crnet.inference.on_rows import evaluate_on
+
+    found, hashed = evaluate_on(saved, data, device)
+    return {**found.figures(), "validation_hash": hashed}
 
 
 COMMAND = Command(evaluate, layers="checkpoint")

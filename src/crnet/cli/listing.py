@@ -31,6 +31,7 @@ def list_known(*, as_json: Json = False) -> None:
             }
             for name, (summary, recipe) in presets.PRESETS.items()
         },
+        "paper": {name: summary for name, (summary, _) in presets.PAPER.items()},
         **{
             title: {name: seam.get(name).summary for name in seam.names()}
             for title, seam in seams.items()
@@ -43,6 +44,9 @@ def list_known(*, as_json: Json = False) -> None:
     for name, row in known["presets"].items():
         sizes = "".join(f"{row['parameters_m'][each]:>11,.2f}" for each in shown)
         print(f"  {name:12}{sizes}  {row['summary']}")
+    print("the paper's own runs (crnet protocol NAME says what differs)")
+    for name, summary in known["paper"].items():
+        print(f"  {name:30} {summary}")
     for title in seams:
         print(title)
         for name, summary in known[title].items():

@@ -63,7 +63,8 @@ def plan(
     network_gbps
         Gb/s a device between machines; none: h100 and h200 400, a100 200, else 100.
     """
-    run_config, limits = settings.of(preset), (parameters, state_gib, memory_gib, flops_frac, like)
+    run_config = _run(settings, preset)
+    limits = (parameters, state_gib, memory_gib, flops_frac, like)
     wants_ranks = any(limit is not None for limit in limits)
     if devices is not None and not wants_ranks:
         _refuse("a budget", {"--profile": profile != "uniform", "--multiple": multiple != 1})
@@ -74,9 +75,19 @@ def plan(
     from crnet.cost import fleet, layout_choice
 
     found = _ranks(run_config, limits, profile, multiple) if wants_ranks else None
-    run_config = found.config if found else run_config
     on = fleet.parse_fleet(devices, node, network_gbps)
-    _show_choice(layout_choice.choose(run_config, on), found, as_json)
+    _show_choice(layout_choice.choose(found.config if found else run_config, on), found, as_json)
+
+
+def _run(settings: Settings, preset: str) -> RunConfig:
+    """The run that is asked about. Raises ``ConfigError`` where it trains an adapter."""
+    config = settings.of(preset)
+    if config.train.adapter is not None:
+        raise ConfigError(
+            "--train.adapter: crnet plan chooses ranks and layouts for a run that trains every "
+            "weight, and an adapter's model is given; leave it out"
+        )
+    return config
 
 
 def _refuse(without: str, given: Mapping[str, bool]) -> None:

@@ -17,12 +17,15 @@ from crnet.cli.arguments import (
     plugin_words,
     print_json,
 )
-from crnet.cli.layering import DEFAULTS, Settings, begun_config, new_run, resumed_run
+from crnet.cli.layering import DEFAULTS, Settings
 from crnet.config.check import check
 from crnet.errors import ConfigError
 from crnet.parallel import launch
+from crnet.train.folders import new_run, preset_of, resumed_run
 
 if TYPE_CHECKING:
+    from crnet.config.sections import RunConfig
+    from crnet.inference.evaluate import Evaluation
     from crnet.train.run import Result
 
 
@@ -51,40 +54,47 @@ def train(
     run_dir = resumed_run(resume, out)
     goes_on = run_dir is not None
     if run_dir is not None:
-        preset = _preset_of(run_dir, preset)
+        preset = preset_of(run_dir, preset)
     else:
         preset = preset or DEFAULT_PRESET
         run_dir = out or new_run(f"{preset}-{settings.model.linear}")
     run_config = settings.of(preset)
+    begin(run_config, run_dir, goes_on, as_json, is_named=out is not None)
+
+
+def begin(
+    run_config: RunConfig, run_dir: Path, goes_on: bool, as_json: bool, *, is_named: bool
+) -> None:
+    """Train in this process, or start the processes that do; print how it ended.
+
+    ``is_named``: whether the command line names the folder.
+    """
     check(run_config)  # before torch is imported: a slip is answered at once
     if launch.starts_processes(run_config.parallel):
-        named = [] if out is not None else ["--out", str(run_dir)]
+        named = [] if is_named else ["--out", str(run_dir)]
         sys.exit(launch.launch([*sys.argv[1:], *named], run_config.parallel))
-    if out is None and "WORLD_SIZE" in os.environ:
+    if not is_named and "WORLD_SIZE" in os.environ:
         raise ConfigError("--out is needed: every process would name a run folder of its own")
 
-    from crnet.train import run as training
+    from crnet import api
 
-    result = training.run(run_config, run_dir, resume=goes_on)
+    result = api.train(run_config, out=run_dir, resume=goes_on)
     launch.note_end()
     if os.environ.get("RANK", "0") == "0":
-        _show(result, as_json)
+        _show(result, run_config, as_json)
 
 
-def _preset_of(run_dir: Path, given: str | None) -> str:
-    """The preset of a run that goes on. Raises ``ConfigError`` where another one is given."""
-    begun = begun_config(run_dir)
-    if begun is None:  # training says so
-        return given or DEFAULT_PRESET
-    if given not in (None, begun.preset):
-        raise ConfigError(
-            f"{run_dir}: the run began from the preset {begun.preset}, not {given}; leave the "
-            "preset out, or choose another --out for a new run"
-        )
-    return begun.preset
+def _evaluated(found: Evaluation | None) -> dict[str, Any]:
+    """The last evaluation's figures; None, where a signal came first, in their places."""
+    keys = ("val_loss", "val_perplexity", "val_bits_per_byte", "val_accuracy")
+    figures = found.figures() if found else {}
+    return {key: figures.get(key) for key in keys}
 
 
-def _show(result: Result, as_json: bool) -> None:
+def _show(result: Result, config: RunConfig, as_json: bool) -> None:
+    from crnet.paper import protocol
+    from crnet.report.plots import NEEDS
+
     figures: dict[str, Any] = {
         "run": str(result.run_dir),
         "finished": result.finished,
@@ -93,19 +103,26 @@ def _show(result: Result, as_json: bool) -> None:
         "parameters": result.num_parameters,
         "tokens_per_s": result.tokens_per_s,
         "checkpoint": str(result.checkpoint),
-        "val_loss": result.after.loss if result.after else None,
-        "val_perplexity": result.after.perplexity if result.after else None,
+        **_evaluated(result.after),
+        **protocol.published(config),
     }
     if as_json:
         print_json(figures)
         return
     if not result.finished:
         words = ["crnet", "train", "--resume", "--out", str(result.run_dir), *plugin_words()]
+        if config.train.stop_after_steps is not None:
+            words += ["--train.stop-after-steps", str(config.train.steps)]
         print(f"stopped at step {result.step}; go on with: {shlex.join(words)}")
     else:
-        perplexity = f", validation perplexity {figures['val_perplexity']:.2f}"
-        print(f"step {result.step}, {result.tokens:,} tokens{perplexity}")
-    print(f"run folder {result.run_dir} (metrics.jsonl, loss.png), checkpoint {result.checkpoint}")
+        assert result.after is not None
+        print(f"step {result.step}, {result.tokens:,} tokens, validation {result.after.words()}")
+    for line in protocol.lines(config):
+        print(line)
+    files = [name for name in ("metrics.jsonl", "loss.png") if (result.run_dir / name).exists()]
+    print(f"run folder {result.run_dir} ({', '.join(files)}), checkpoint {result.checkpoint}")
+    if "loss.png" not in files:
+        print(NEEDS)
 
 
 COMMAND = Command(train, layers="run")

@@ -7,14 +7,14 @@ suits would win. ``TUNED`` says what they are, and from how many seeds of a swee
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from crnet.compare.processes import train_all
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import override
 from crnet.cost.workload import workload
@@ -24,10 +24,9 @@ from crnet.inference.load import load_model, load_tokenizer
 from crnet.inference.sampling import Sampling
 from crnet.measure.memory import saved_bytes
 from crnet.model.build import build
-from crnet.report.plots import plot_losses
+from crnet.report.plots import loss_picture
 from crnet.storage import metrics
 from crnet.storage.checkpoint import Checkpoint, load
-from crnet.train import run as train
 
 
 @dataclass(frozen=True)
@@ -65,30 +64,24 @@ def run(
         out: gets a folder for each side, an ordinary run.
     Raises:
         ConfigError: a side has no values in ``TUNED``; or a signal stopped a run.
-    Cost: a training run a side.
+    Cost: a training run a side; on a CPU as many at a time as it has cores.
     """
     if unknown := [side for side in sides if side not in TUNED]:
         raise ConfigError(f"the demo has no side {', '.join(unknown)}; it has {', '.join(TUNED)}")
-    figures: dict[str, Any] = {"rows": {}}
-    figures["picture"] = str(out / "loss.png")
-    saved: dict[str, Checkpoint] = {}
-    for linear in dict.fromkeys(sides):
-        side = side_config(config, linear)
-        if progress:
-            print(f"training {linear} ({side.train.steps} steps)", file=sys.stderr)
-        result = train.run(side, out / linear, progress=progress)
-        if not result.finished:
-            raise ConfigError(
-                f"the demo was stopped at step {result.step} of {linear}; start it once more"
-            )
-        assert result.checkpoint is not None
-        saved[linear] = load(result.checkpoint)
-        figures["rows"][linear] = _row(result, saved[linear].config)
+    runs = {linear: side_config(config, linear) for linear in dict.fromkeys(sides)}
+    ended = train_all(runs, out, progress=progress)
+    saved = {linear: load(Path(each["checkpoint"])) for linear, each in ended.items()}
     curves = {linear: metrics.read(out / linear / "metrics.jsonl") for linear in saved}
-    plot_losses(curves, out / "loss.png")
-    figures["prompt"] = PROMPT
-    figures["sample"] = _sample(saved[sides[0]])
-    return figures
+    picture = loss_picture(curves, out / "loss.png")
+    return {
+        "rows": {
+            linear: _row(each, saved[linear].config, curves[linear])
+            for linear, each in ended.items()
+        },
+        "picture": None if picture is None else str(picture),
+        "prompt": PROMPT,
+        "sample": _sample(saved[sides[0]]),
+    }
 
 
 def side_config(config: RunConfig, linear: str) -> RunConfig:
@@ -98,23 +91,26 @@ def side_config(config: RunConfig, linear: str) -> RunConfig:
     return override(config, model=model, optimizer={"lr": tuned.lr})
 
 
-def _row(result: train.Result, config: RunConfig) -> dict[str, Any]:
-    """The figures of one run; ``config`` as it was resolved."""
-    assert result.before is not None
-    assert result.after is not None
+def _row(
+    ended: Mapping[str, Any], config: RunConfig, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The figures of one run: what ``crnet train --json`` says, its configuration as it was
+    resolved, its metrics."""
     step_tokens = config.train.batch_size * config.data.sequence_length
     return {
         "lr": config.optimizer.lr,
         "init_std": config.model.init_std,
-        "parameters": result.num_parameters,
-        "perplexity_before": result.before.perplexity,
-        "perplexity_after": result.after.perplexity,
-        "tokens": result.tokens,
-        "tokens_per_s": result.tokens_per_s,
-        "step_s": step_tokens / result.tokens_per_s,
+        "parameters": ended["parameters"],
+        "perplexity_before": next(row["val_perplexity"] for row in rows if "val_perplexity" in row),
+        "perplexity_after": ended["val_perplexity"],
+        "bits_per_byte_after": ended["val_bits_per_byte"],
+        "accuracy_after": ended["val_accuracy"],
+        "tokens": ended["tokens"],
+        "tokens_per_s": ended["tokens_per_s"],
+        "step_s": step_tokens / ended["tokens_per_s"],
         "saved_activation_bytes": _saved_bytes(config),
-        "run": str(result.run_dir),
-        "checkpoint": str(result.checkpoint),
+        "run": ended["run"],
+        "checkpoint": ended["checkpoint"],
     }
 
 
@@ -139,15 +135,16 @@ def _sample(saved: Checkpoint) -> str:
 def table(figures: dict[str, Any]) -> str:
     """The figures as text."""
     lines = [
-        f"{'':8}{'parameters':>12}{'rate':>9}{'init':>7}{'perplexity':>20}{'tokens/s':>10}"
-        f"{'s/step':>8}{'MiB of saved activations':>30}",
-        f"{'':8}{'':>12}{'':>9}{'std':>7}{'before':>10}{'after':>10}{'':>10}{'':>8}"
-        + "".join(f"{policy:>10}" for policy in POLICIES),
+        f"{'':8}{'parameters':>12}{'rate':>9}{'init':>7}{'perplexity':>20}{'bits':>8}"
+        f"{'right':>8}{'tokens/s':>10}{'s/step':>8}{'MiB of saved activations':>30}",
+        f"{'':8}{'':>12}{'':>9}{'std':>7}{'before':>10}{'after':>10}{'/byte':>8}"
+        f"{'':>8}{'':>10}{'':>8}" + "".join(f"{policy:>10}" for policy in POLICIES),
     ]
     for linear, row in figures["rows"].items():
         lines.append(
             f"{linear:8}{row['parameters']:>12,}{row['lr']:>9.2g}{row['init_std']:>7.2g}"
             f"{row['perplexity_before']:>10,.1f}{row['perplexity_after']:>10,.1f}"
+            f"{row['bits_per_byte_after']:>8.3f}{row['accuracy_after']:>8.1%}"
             f"{row['tokens_per_s']:>10,.0f}{row['step_s']:>8.3f}"
             + "".join(
                 f"{row['saved_activation_bytes'][policy] / 2**20:>10,.1f}" for policy in POLICIES
@@ -168,7 +165,7 @@ def tuning(sides: Sequence[str]) -> str:
 
 
 def short(config: RunConfig) -> RunConfig:
-    """Some three minutes on two cores: 120 steps of 8 x 128 tokens a side."""
+    """Under two minutes on two cores: 120 steps of 8 x 128 tokens a side."""
     return override(
         config,
         train={"steps": 120, "eval_every_steps": 40, "save_every_steps": 0},

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from crnet import architectures, linears, optimizers, schedules, streams
+from crnet.config.check_adapter import adapter_problems, unused_problems
 from crnet.config.check_pipeline import pipeline_problems
 from crnet.config.check_tensor import tensor_problems
 from crnet.config.model_spec import ModelSpec, model_spec
@@ -24,9 +25,10 @@ from crnet.config.sections import (
     field_name,
     num_shares,
     options_of,
+    trackers_of,
 )
 from crnet.errors import ConfigError
-from crnet.recompute.plan import parse_layers
+from crnet.recompute.plan import PACKING, KeepAs, parse_layers
 from crnet.schedules import Steps
 from crnet.specs import Slot
 
@@ -58,6 +60,11 @@ def check(config: RunConfig) -> None:
             f"--train.bf16-update {train.bf16_update} has no effect with --train.precision "
             f"{train.precision}; say --train.precision bf16, or leave it out"
         )
+    problems += unused_problems(train)
+    try:
+        trackers_of(train)
+    except ValueError as error:
+        problems.append(str(error))
     if not problems:
         problems += parallel_problems(config)
     if problems:
@@ -99,13 +106,14 @@ def _positive(*values: float | None) -> bool:
 _ABOVE_ZERO = {
     "model": (
         *("hidden_size", "intermediate_size", "num_layers", "num_heads"),
-        *("num_kv_heads", "vocab_size", "rope_theta", "norm_eps", "init_std"),
+        *("num_kv_heads", "head_size", "vocab_size", "rope_theta", "norm_eps", "init_std"),
     ),
     "data": ("validation_tokens", "vocab_size", "sequence_length", "max_documents"),
     "optimizer": ("lr", "eps"),
     "train": (
-        *("steps", "batch_size", "micro_batch_size", "threads"),
+        *("steps", "batch_size", "micro_batch_size", "threads", "epochs", "stop_after_steps"),
         *("log_every_steps", "invert_tolerance", "activation_budget_gib"),
+        *("adapter_rank", "adapter_alpha"),
     ),
     "parallel": SIZES,
 }
@@ -118,7 +126,7 @@ _FP32 = 2.0**128
 _MOST: dict[str, dict[str, int]] = {
     "model": {
         **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), _WIDEST),
-        **dict.fromkeys(("num_heads", "num_kv_heads"), _WIDEST),
+        **dict.fromkeys(("num_heads", "num_kv_heads", "head_size"), _WIDEST),
         "num_layers": 2**16,
     },
     "data": {
@@ -126,8 +134,9 @@ _MOST: dict[str, dict[str, int]] = {
         **dict.fromkeys(("validation_tokens", "max_documents"), _LONGEST),
     },
     "train": {
-        **dict.fromkeys(("batch_size", "micro_batch_size"), _WIDEST),
+        **dict.fromkeys(("batch_size", "micro_batch_size", "adapter_rank"), _WIDEST),
         **dict.fromkeys(("steps", "log_every_steps", "eval_every_steps"), _LONGEST),
+        **dict.fromkeys(("epochs", "stop_after_steps"), _LONGEST),
         **dict.fromkeys(("save_every_steps", "keep_checkpoints"), _LONGEST),
         "threads": 4096,
         "seed": 2**64 - 1,
@@ -192,12 +201,32 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"--data.vocab-size is {data.vocab_size}; byte-level BPE needs at least 257 "
             "(256 bytes and end-of-text)"
         )
+    yield from _chat_problems(data)
+
+
+def _chat_problems(data: DataConfig) -> Iterator[str]:
+    """Keys that go with conversations, or do not."""
+    if data.chat is None:
+        for key in ("chat_template", "chat_loss"):
+            if (value := getattr(data, key)) != getattr(DataConfig, key):
+                flag = f"--data.{key.replace('_', '-')} {value}"
+                yield f"{flag} has no effect without --data.chat; say --data.chat auto"
+        return
+    for key in ("text_key", "documents"):
+        if (value := getattr(data, key)) != getattr(DataConfig, key):
+            flag = f"--data.{key.replace('_', '-')} {value}"
+            yield f"{flag} has no effect with --data.chat {data.chat}; leave one of them out"
+    if "python" in (*data.source, *data.validation_source):
+        yield (
+            f"--data.chat {data.chat}: the source python holds no conversations; name files of "
+            "records with --data.source"
+        )
 
 
 def _head_problems(model: ModelConfig) -> Iterator[str]:
     if not _positive(model.num_heads, model.hidden_size, model.num_kv_heads):
         return
-    if model.hidden_size % model.num_heads:
+    if model.head_size is None and model.hidden_size % model.num_heads:
         divisors = [n for n in range(1, model.hidden_size + 1) if model.hidden_size % n == 0]
         near = min(divisors, key=lambda n: abs(n - model.num_heads))
         yield (
@@ -262,7 +291,7 @@ def _method_problems(config: RunConfig) -> list[str]:
         spec = model_spec(dataclasses.replace(model, vocab_size=size))
     except ValueError as error:
         return [*problems, str(error)]
-    problems += _spec_problems(spec)
+    problems += spec_problems(spec)
     longest = spec.architecture.max_length(spec.architecture_options)
     if longest is not None and config.data.sequence_length > longest:
         problems.append(
@@ -272,7 +301,19 @@ def _method_problems(config: RunConfig) -> list[str]:
         )
     if not any(problem.startswith("--model.") for problem in problems):
         problems += _recompute_problems(spec, config.train)
+        problems += adapter_problems(spec, config.train, config.parallel)
+        problems += _moment_problems(spec, optimizer)
     return problems
+
+
+def _moment_problems(spec: ModelSpec, optimizer: OptimizerConfig) -> Iterator[str]:
+    """What an event asks of an optimizer's state."""
+    compares = spec.linear.compares_moments(spec.linear_options)
+    if compares and optimizers.get(optimizer.name).has_codes:
+        yield (
+            f"--optimizer.name {optimizer.name} keeps codes of moments, and {spec.linear.name} "
+            "looks for the largest; take another optimizer, or another reset"
+        )
 
 
 def steps_of(config: RunConfig) -> Steps:
@@ -281,15 +322,35 @@ def steps_of(config: RunConfig) -> Steps:
     return Steps(config.train.steps, optimizer.warmup_frac, optimizer.min_lr_frac)
 
 
-def _spec_problems(spec: ModelSpec) -> list[str]:
-    slots = [slot for block in spec.slots for slot in block]
+def spec_problems(spec: ModelSpec) -> list[str]:
+    """What the methods of a model say of its sizes, ranks and options."""
+    slots = [slot for block in spec.slots for slot in block if not slot.is_operator]
     problems = [
         *spec.architecture.problems(spec.shape, spec.architecture_options),
         *spec.stream.problems(spec.stream_options),
+        *_expert_problems(spec),
     ]
     too_large = _too_large(spec, slots)
     problems += too_large
     return problems if too_large else problems + spec.linear.problems(spec.linear_options, slots)
+
+
+def _expert_problems(spec: ModelSpec) -> list[str]:
+    """Maps of experts that would read an earlier block: rows of other tokens."""
+    experts = [slot for block in spec.slots for slot in block if slot.expert]
+    flag = f"--model.linear {spec.linear.name} in {spec.architecture.name}"
+    if any(slot.position in spec.reads[slot.layer_idx] for slot in experts):
+        return [
+            f"{flag}: a map of an expert would read what that expert of an earlier block made of "
+            "other tokens; take a parameterization without a carry, or one that carries what all "
+            "experts give together"
+        ]
+    if any(spec.shared_tensors(slot) for slot in experts):
+        return [
+            f"{flag}: the experts of all blocks would share one matrix each, and they are not the "
+            "same experts; take another parameterization"
+        ]
+    return []
 
 
 def _too_large(spec: ModelSpec, slots: Sequence[Slot]) -> list[str]:
@@ -314,8 +375,10 @@ def _too_large(spec: ModelSpec, slots: Sequence[Slot]) -> list[str]:
     return problems
 
 
-def policy_problem(spec: ModelSpec, policy: str) -> str | None:
-    """Why a model cannot be run under a recompute policy; None where it can."""
+def policy_problem(spec: ModelSpec, policy: str, keep_as: KeepAs = "computed") -> str | None:
+    """Why a model cannot be run under a recompute policy that keeps tensors so; None: it can."""
+    if keep_as != "computed" and (problem := _packing_problem(spec, policy, keep_as)):
+        return problem
     if policy not in spec.stream.policies and policy != "auto":
         return (
             f"--train.recompute {policy}: the stream {spec.stream.name} cannot be rebuilt from "
@@ -331,6 +394,47 @@ def policy_problem(spec: ModelSpec, policy: str) -> str | None:
                 f"--train.recompute invert: the outputs of {spec.linear.name} do not follow from "
                 "those of the block above; take replay or block"
             )
+    return None
+
+
+def _kept_problems(train: TrainConfig) -> Iterator[str]:
+    """What does not go with keeping activations as codes, whatever the model."""
+    if train.keep_as == "computed":
+        return
+    if train.compile:
+        yield (
+            f"--train.compile with --train.keep-as {train.keep_as} is not supported: a compiled "
+            "block keeps what its compiler chose; leave one of them out"
+        )
+    if train.recompute_attention == "keep":
+        yield (
+            f"--train.recompute-attention keep with --train.keep-as {train.keep_as}: what "
+            "attention keeps does not go with other queries and keys; leave it out"
+        )
+
+
+def _packing_problem(spec: ModelSpec, policy: str, keep_as: str) -> str | None:
+    flag = f"--train.keep-as {keep_as}"
+    if policy not in PACKING:
+        reasons = {
+            "invert": "would divide the error of what is kept by the gain, block after block",
+            "block": "leaves what enters a block to torch's checkpointing",
+        }
+        reason = reasons.get(policy, "compares exact activations")
+        return (
+            f"{flag}: --train.recompute {policy} {reason}; take --train.recompute "
+            f"{' or '.join(PACKING)}"
+        )
+    if not spec.architecture.packs(spec.architecture_options):
+        return (
+            f"{flag} with {spec.architecture.name} as it is: norms of heads, masks and routers "
+            "keep several exact numbers a token, which would be packed with the rest; leave it out"
+        )
+    if not spec.stream.adds:
+        return (
+            f"{flag}: the last read of the stream {spec.stream.name}, behind the blocks, keeps all "
+            "that they wrote as it is, and nothing would be saved; leave it out"
+        )
     return None
 
 
@@ -354,8 +458,14 @@ def _recompute_problems(spec: ModelSpec, train: TrainConfig) -> list[str]:
             f"--train.recompute-attention keep has no effect with --train.recompute {policy}; "
             "leave it out"
         )
-    if problem := policy_problem(spec, policy):
+    if problem := policy_problem(spec, policy, train.keep_as):
         problems.append(problem)
+    problems += _kept_problems(train)
+    if train.compile and not spec.architecture.compiles:
+        problems.append(
+            f"--train.compile with {spec.architecture.name} is not supported: how many tokens an "
+            "expert gets is known only as it runs; leave it out"
+        )
     if policy not in ("none", "block") and train.compile:
         problems.append(
             f"--train.compile with --train.recompute {policy} is not supported: a compiled block "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from crnet import architectures
-from crnet.config.sections import ParallelConfig, RunConfig, num_shares, num_stages
+from crnet.config.model_spec import model_spec
+from crnet.config.sections import ParallelConfig, RunConfig, model_of, num_shares, num_stages
 
 
 def pipeline_problems(config: RunConfig) -> Iterator[str]:
@@ -25,8 +25,20 @@ def pipeline_problems(config: RunConfig) -> Iterator[str]:
             f"{wanted} stages, and it has {model.num_layers} blocks; take fewer processes"
         )
     yield from _micro_batch_problems(config)
+    spec = model_spec(model_of(config))
+    architecture = spec.architecture
+    if spec.shared:
+        yield (
+            f"--parallel.pipeline with {model.linear}: all blocks read one matrix a position, and "
+            "no stage has it for the others; say --parallel.data or --parallel.shard"
+        )
+    if architecture.balance_factor(spec.architecture_options):
+        yield (
+            f"--parallel.pipeline with {architecture.name}: how uneven the experts of one stage "
+            "are would have to be in the loss of the last; say --parallel.data or --parallel.shard"
+        )
     tied = model.tie_embeddings
-    if architectures.get(model.architecture).ties_embeddings if tied is None else tied:
+    if architecture.ties_embeddings if tied is None else tied:
         yield (
             "--parallel.pipeline: the head is the embedding, and the last stage has the one, the "
             "first the other; say --model.tie-embeddings false"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 
 from crnet import optimizers
 from crnet.config.model_spec import ModelSpec, model_spec
-from crnet.config.sections import RunConfig, options_of
+from crnet.config.sections import RunConfig, model_of, options_of
 
 
 def tensor_problems(config: RunConfig) -> Iterator[str]:
@@ -16,8 +15,7 @@ def tensor_problems(config: RunConfig) -> Iterator[str]:
     train, parallel = config.train, config.parallel
     if parallel.tensor == 1:
         return
-    size = config.model.vocab_size or config.data.vocab_size
-    spec = model_spec(dataclasses.replace(config.model, vocab_size=size))
+    spec = model_spec(model_of(config))
     pads = optimizers.get(config.optimizer.name).pads
     yield from parts_problems(spec, parallel.tensor, pads)
     if parallel.checkpoint == "parts":
@@ -68,7 +66,8 @@ def parts_problems(spec: ModelSpec, num_parts: int, pads: bool = True) -> Iterat
             f"--parallel.tensor: {spec.architecture.name} does not say by which side its maps are "
             "split; say --parallel.data"
         )
+        return
     slots = [slot for block in spec.slots for slot in block]
-    reasons = {spec.linear.split(slot, spec.linear_options) for slot in slots}
+    reasons = {spec.linear.of(slot).split(slot, spec.linear_options) for slot in slots}
     for reason in sorted(each for each in reasons if isinstance(each, str)):
         yield f"--parallel.tensor with {spec.linear.name}: {reason}; say --parallel.data"

@@ -14,6 +14,7 @@ from typing import Any
 
 from crnet import architectures, linears, streams
 from crnet.architectures import Architecture
+from crnet.config.adapter import Adapter
 from crnet.config.sections import ModelConfig, options_of
 from crnet.linears import Parameterization
 from crnet.specs import Position, Read, Shape, Slot, Split, TensorSpec, constant, normal
@@ -40,6 +41,8 @@ class ModelSpec:
     part_idx: int = 0
     num_parts: int = 1
     """Which part of the maps is stored, of how many (``in_parts``)."""
+    adapter: Adapter | None = None
+    """What trains beside the model; its own tensors are frozen then."""
 
     @property
     def architecture_options(self) -> Any:
@@ -66,6 +69,11 @@ class ModelSpec:
         return {position.name: position for position in self.positions}
 
     @cached_property
+    def slot_of(self) -> Mapping[str, Slot]:
+        """By the full name of a map."""
+        return {self.map_name(slot): slot for block in self.slots for slot in block}
+
+    @cached_property
     def keeps_activation(self) -> bool:
         """Whether the feed-forward keeps the architecture's activation."""
         return self.linear.keeps_activation(self.shape, self.linear_options)
@@ -76,7 +84,7 @@ class ModelSpec:
         options = self.linear_options
         found = []
         for block in self.slots:
-            each = {slot.position: self.linear.reads(slot, options) for slot in block}
+            each = {slot.position: self.linear.of(slot).reads(slot, options) for slot in block}
             found.append({name: read for name, read in each.items() if read is not None})
         return tuple(found)
 
@@ -94,16 +102,36 @@ class ModelSpec:
 
     def map_tensors(self, slot: Slot) -> dict[str, TensorSpec]:
         """The parameters of a slot's map, the bias of its position among them."""
-        tensors = self.linear.tensors(slot, self.linear_options)
+        tensors = self.linear.of(slot).tensors(slot, self.linear_options)
         if self.position_of[slot.position].has_bias:
             bias = TensorSpec((slot.out_size,), "bias", constant(0.0), decays=False)
             tensors = tensors | {"bias": bias}
         return tensors
 
+    def shared_tensors(self, slot: Slot) -> dict[str, TensorSpec]:
+        """The parameters that a slot's map shares with the other blocks."""
+        return self.linear.of(slot).shared(slot, self.linear_options)
+
+    def shared_name(self, position: str) -> str:
+        """Full name of the module with what the maps of a position share."""
+        return f"model.shared_tensors.{position}"
+
+    @cached_property
+    def shared(self) -> Mapping[str, TensorSpec]:
+        """Every tensor that several blocks read, by its full name."""
+        return self._shared(self.slots)
+
+    def _shared(self, slots: tuple[tuple[Slot, ...], ...]) -> dict[str, TensorSpec]:
+        return {
+            f"{self.shared_name(slot.position)}.{name}": spec
+            for slot in slots[0]
+            for name, spec in self.shared_tensors(slot).items()
+        }
+
     @property
     def pads(self) -> bool:
         """Whether zeros that widen the feed-forward change nothing but its rounding."""
-        return self.linear.pads and self.architecture.pads
+        return self.linear.can_pad(self.linear_options) and self.architecture.pads
 
     def padded(self, multiple: int) -> ModelSpec:
         """This model, its feed-forward width stored padded with zeros to a multiple.
@@ -136,7 +164,7 @@ class ModelSpec:
     def split_of(self, slot: Slot) -> Split:
         """How processes share a slot's map. ``config.check_tensor`` has seen that they
         can."""
-        found = self.linear.split(slot, self.linear_options)
+        found = self.linear.of(slot).split(slot, self.linear_options)
         assert isinstance(found, Split), found
         return found
 
@@ -155,9 +183,10 @@ class ModelSpec:
         """Full names of tensors that every process has whole, and a part of their gradients."""
         if self.num_parts == 1:
             return ()
-        return tuple(name for block in self.slots for slot in block for name in self._summed(slot))
+        of_maps = [name for block in self.slots for slot in block for name in self._summed_by(slot)]
+        return (*of_maps, *self.architecture.summed(self.shape, self.architecture_options))
 
-    def _summed(self, slot: Slot) -> list[str]:
+    def _summed_by(self, slot: Slot) -> list[str]:
         split, side = self.split_of(slot), self.position_of[slot.position].split
         names = [f"{self.map_name(slot)}.{name}" for name in split.summed]
         are_summands = side == "columns" or split.at == "edge"
@@ -213,7 +242,7 @@ class ModelSpec:
                 owner = self.map_name(slot)
                 for name, spec in self.map_tensors(slot).items():
                     shapes[f"{owner}.{name}"] = spec.shape
-        return shapes
+        return shapes | {name: spec.shape for name, spec in self._shared(slots).items()}
 
     def map_name(self, slot: Slot) -> str:
         """Full name of a slot's map in the model."""
@@ -224,7 +253,7 @@ class ModelSpec:
         """Every parameter of the model by its full name: the one list of tensors. Of a model whose
         blocks are spread over processes: those that this one has (``held``)."""
         shape = self.shape
-        found = dict(self.architecture.tensors(shape, self.architecture_options))
+        found = {**self.architecture.tensors(shape, self.architecture_options), **self.shared}
         for block in self.slots:
             for slot in block:
                 for name, spec in self.map_tensors(slot).items():
@@ -238,6 +267,8 @@ class ModelSpec:
         if not shape.tie_embeddings:
             size = (shape.vocab_size, shape.hidden_size)
             found["lm_head.weight"] = TensorSpec(size, "head", normal(shape.init_std))
+        if self.adapter is not None:
+            return self.adapter.beside(found, self.slot_of)
         held = self.held
         return found if held is None else {name: found[name] for name in found if name in held}
 
@@ -261,6 +292,7 @@ def shape_of(config: ModelConfig) -> Shape:
         norm_eps=config.norm_eps,
         init_std=config.init_std,
         tie_embeddings=tied if config.tie_embeddings is None else config.tie_embeddings,
+        head_size=config.head_size or config.hidden_size // config.num_heads,
     )
 
 

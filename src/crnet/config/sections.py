@@ -17,10 +17,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from crnet import architectures, linears, optimizers, schedules, streams
+from crnet import architectures, linears, optimizers, schedules, streams, trackers
 from crnet.config import defaults
+from crnet.config.adapter import Adapter
 from crnet.config.resuming import Fixed, Free
 from crnet.optimizers._low_precision import Bf16Update
+from crnet.recompute.plan import KeepAs
 
 
 def _method(name: str, text: str, seam: ModuleType) -> Any:
@@ -43,7 +45,8 @@ class BaseModelConfig:
         defaults.STREAM, "What travels from sublayer to sublayer.", streams
     )
     rank: Fixed[str] = "0.25h"
-    """Ranks, bottom block first: 96 | 96x3,112x4 | 0.25h | aligned-parameters | aligned-memory.
+    """Ranks, bottom block first: 96 | 96x3,112x4 | 0.25h | aligned-parameters | aligned-memory | a
+    profile of the paper's ablation, s1 | s2 | s3.
     One position apart from the rest: 96x7/v=128x7/down=128x7. They are those of the blocks that the
     parameterization leaves open (blocks 2..L where the first is full rank)."""
     hidden_size: Fixed[int] = 192
@@ -56,6 +59,8 @@ class BaseModelConfig:
     """Query heads."""
     num_kv_heads: Fixed[int | None] = None
     """Key/value heads (grouped-query attention); none: as many as query heads."""
+    head_size: Fixed[int | None] = None
+    """Width of a head; none: hidden size over heads."""
     vocab_size: Fixed[int | None] = None
     """Rows of the embedding; none: the tokenizer's."""
     rope_theta: Fixed[float] = 10_000.0
@@ -66,6 +71,9 @@ class BaseModelConfig:
     """Use the embedding as the head; none: as the architecture has it."""
     init_std: Fixed[float] = 0.02
     """Standard deviation of every dense weight, and of the product of every pair of factors."""
+
+
+ChatLayout = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,14 @@ class DataConfig:
     text_key: Fixed[str | None] = None
     """Field of a JSON or parquet record that holds the text; several as title,abstract.
     None: text, content, ... whichever is there."""
+    chat: Fixed[ChatLayout | None] = None
+    """Records are conversations, in the layout that their keys show (auto) or that is named; their
+    answers alone are trained on (docs/finetuning.md). None: records are texts."""
+    chat_template: Fixed[str | None] = None
+    """chat: how a conversation becomes one text. chatml; plain: User: and Assistant:; a .jinja
+    file; another of the tokenizer's by its name; none: the tokenizer's own."""
+    chat_loss: Fixed[Literal["answers", "all"]] = "answers"
+    """chat: the tokens that count, in training and in evaluation."""
     documents: Fixed[Literal["auto", "file", "paragraph", "line"]] = "auto"
     """What one document of a text file is; auto: the file, long files cut at blank lines."""
     max_documents: Fixed[int | None] = None
@@ -133,6 +149,22 @@ class TrainConfig:
 
     steps: Free[int] = 300
     """Optimizer steps."""
+    epochs: Free[int | None] = None
+    """Passes over the training rows, in the place of steps; none: steps says it."""
+    stop_after_steps: Free[int | None] = None
+    """Save and end at this step of the schedule; a resumed run goes on from there, to a later one
+    (``steps``: to the end). None: at the last step."""
+    init_from: Fixed[Path | None] = None
+    """Begin with the weights of a checkpoint or a run (its newest), of the same model and
+    tokenizer; full-rank ones also begin a run of what can be any matrix (docs/finetuning.md). The
+    optimizer, the schedule and the data are this run's. None: initial values."""
+    adapter: Fixed[defaults.AdapterName | None] = None
+    """Train this adapter of PEFT on the maps of every block, and nothing else, beside the weights
+    of init_from (docs/finetuning.md). None: every weight trains."""
+    adapter_rank: Fixed[int] = 8
+    """Rank of the adapter's updates."""
+    adapter_alpha: Fixed[float | None] = None
+    """An update is multiplied by adapter_alpha / adapter_rank; none: by 2."""
     batch_size: Fixed[int] = 8
     """Sequences per step."""
     micro_batch_size: Free[int | None] = None
@@ -157,6 +189,9 @@ class TrainConfig:
     least peak (replay), every 8th (invert)."""
     recompute_attention: Free[Literal["rerun", "keep"]] = "rerun"
     """replay and invert: run attention again, or keep its output."""
+    keep_as: Free[KeepAs] = "computed"
+    """none and replay: how blocks keep activations. computed: as they are; nf4: in four and a half
+    bits an item (table 13); a step's loss stays, its gradients are some 5% off."""
     invert_tolerance: Free[float] = 0.05
     """invert keeps more blocks' outputs where the bound of the relative error would pass this."""
     activation_budget_gib: Free[float | None] = None
@@ -179,8 +214,11 @@ class TrainConfig:
     """Steps between two checkpoints; 0: only after the last step."""
     keep_checkpoints: Free[int] = 2
     """Newest checkpoints kept; 0: all."""
+    trackers: Free[str | None] = None
+    """Where figures also go, with commas: tensorboard, wandb, trackio (docs/looking.md); none:
+    nowhere."""
     tensorboard: Free[bool] = False
-    """Also write TensorBoard event files into the run folder."""
+    """The same as --train.trackers tensorboard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +303,20 @@ def update_of(train: TrainConfig) -> Bf16Update | None:
     return train.bf16_update if train.precision == "bf16" else None
 
 
+def adapter_of(train: TrainConfig) -> Adapter | None:
+    """The adapter of a run; None: it trains every weight."""
+    if train.adapter is None:
+        return None
+    alpha = train.adapter_alpha
+    return Adapter(train.adapter_rank, 2.0 * train.adapter_rank if alpha is None else alpha)
+
+
+def trackers_of(train: TrainConfig) -> list[str]:
+    """Names of a run's trackers. Raises ``ValueError`` where one is not known."""
+    names = trackers.parse(train.trackers)
+    return names if not train.tensorboard or "tensorboard" in names else [*names, "tensorboard"]
+
+
 def settings_of(section: BaseOptimizerConfig, seed: int) -> optimizers.Settings:
     """What an optimizer is told of its section and the run's seed."""
     return optimizers.Settings(
@@ -310,6 +362,12 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+
+def model_of(config: RunConfig) -> ModelConfig:
+    """The model with a vocabulary size: its own, or the one that its tokenizer will have."""
+    size = config.model.vocab_size or config.data.vocab_size
+    return dataclasses.replace(config.model, vocab_size=size)
 
 
 def share_of(config: RunConfig) -> int:

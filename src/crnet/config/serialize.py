@@ -138,6 +138,19 @@ def command_line(config: RunConfig) -> list[str]:
     return words
 
 
+def flags(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Every key with its section, as ``train.batch_size``, and its value as JSON has it."""
+
+    def below(before: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                yield from below(f"{before}{key}.", value)
+            else:
+                yield before + key, value
+
+    return below("", to_dict(config))
+
+
 def _flags(before: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         flag = before + key.replace("_", "-")

@@ -26,11 +26,15 @@ def block_flops(
     if plan.policy == "block":
         # torch's checkpointing stops where the last tensor was kept.
         last = micro_batch.spec.architecture.writes[-1]
-        repeated = forward - sum(block.works[last].unrepeated_flops for block in blocks)
+        ends = [block for block in blocks if not block.streams[-1].repeats_output]
+        repeated = forward - sum(block.works[last].unrepeated_flops for block in ends)
         repeated += sum(work.forward_flops for work in streams[:-1])
-    elif plan.policy != "none":
+    elif plan.policy == "none":
+        repeated = len(blocks) * inside.forward_flops if plan.is_packed else 0
+    else:
         repeated = _rebuilt(micro_batch, plan, added) + sum(work.rerun_flops for work in works)
-        repeated += 0 if plan.keep_attention else len(blocks) * inside.forward_flops
+        beside = inside.routing_flops if plan.keep_attention else inside.forward_flops
+        repeated += len(blocks) * beside
     return {
         "forward": forward + sum(work.forward_flops for work in streams),
         "backward": backward + sum(work.backward_flops for work in streams),
@@ -66,8 +70,12 @@ def _rebuilt(micro_batch: MicroBatch, plan: RecomputePlan, added: Added | None) 
 def dense_block_flops(micro_batch: MicroBatch) -> int:
     """Forward FLOPs of all blocks, were every map dense."""
     spec = micro_batch.spec
-    items = sum(position.in_size * position.out_size for position in spec.positions)
-    block = 2 * micro_batch.rows * items + micro_batch.inside.forward_flops
+    items = sum(
+        slot.rows(micro_batch.rows) * slot.in_size * slot.out_size
+        for slot in spec.slots[0]
+        if not slot.is_operator
+    )
+    block = 2 * items + micro_batch.inside.forward_flops
     return spec.num_layers * block + _stream_flops(micro_batch)
 
 

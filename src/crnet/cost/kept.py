@@ -6,6 +6,7 @@ No tensor is made and torch is not imported. The bytes equal ``measure.memory.sa
 from __future__ import annotations
 
 from crnet.cost.micro_batch import MicroBatch
+from crnet.cost.packed import PackedBlockBytes, packed_stream
 from crnet.recompute.plan import Added, RecomputePlan, inverted_layers, segments
 
 
@@ -20,11 +21,13 @@ def kept_bytes(
         added: layers that ``invert`` keeps beyond the plan, by position; None: those of the
             first step.
     Returns:
+        Packed (``RecomputePlan.keep_as``), where the plan says so, is what blocks keep.
         ``tokens``; ``stream`` (what sublayers get; under a policy, what enters blocks);
         ``outputs`` (Y); ``bottlenecks`` (Z = X A, and what else maps keep); ``inside`` (norms,
         rotation, attention, activation); ``casts`` (bf16 copies of weights) and ``tables``
-        (rotary), where autograd keeps everything; ``last norm``; ``head input gradient`` and
-        ``head weight gradient``, which the loss computes in the forward pass.
+        (rotary), where autograd keeps everything; with ``tables`` also a window's mask, where
+        attention is kept; ``last norm``; ``head input gradient`` and ``head weight gradient``,
+        which the loss computes in the forward pass.
     Source: ``invert``'s stream, outputs and bottlenecks are eq. 38.
     """
     blocks, rows, shape = micro_batch.blocks, micro_batch.rows, micro_batch.spec.shape
@@ -50,16 +53,29 @@ def kept_bytes(
         )
         terms["bottlenecks"] = sum(block.kept_by_maps for block in blocks)
         terms["inside"] = sum(block.kept_inside + block.kept_by_streams for block in blocks)
-        terms["casts"] = sum(block.casts for block in blocks)
+        terms["casts"] = sum(block.casts for block in blocks) + micro_batch.shared_casts
     elif plan.policy == "block":
         terms["bottlenecks"] = sum(block.carried_bottlenecks for block in blocks)
     elif plan.keep_attention:
         terms["inside"] = sum(block.inside.attention_bytes for block in blocks)
-    return terms
+    if plan.policy == "none" or plan.keep_attention:
+        terms["tables"] += micro_batch.inside.mask_bytes
+    return terms | (_packed_terms(micro_batch, plan) if plan.is_packed else {})
+
+
+def _packed_terms(micro_batch: MicroBatch, plan: RecomputePlan) -> dict[str, int]:
+    """The terms that differ where activations are packed; ``stream`` and ``outputs`` know."""
+    blocks = [PackedBlockBytes(block) for block in micro_batch.blocks]
+    if plan.policy == "none":
+        return {
+            "bottlenecks": sum(block.maps() for block in blocks),
+            "inside": sum(block.inside() for block in blocks),
+        }
+    return {"bottlenecks": sum(block.bottlenecks() for block in blocks)}
 
 
 def _stream(micro_batch: MicroBatch, plan: RecomputePlan) -> int:
-    num_layers, size = micro_batch.spec.num_layers, micro_batch.stream_size
+    num_layers, size = micro_batch.spec.num_layers, stream_size(micro_batch, plan)
     num_sublayers = micro_batch.spec.num_sublayers
     keeps_writes = micro_batch.stream_work(num_sublayers).keeps_writes
     first = size if keeps_writes else 0  # the embedding, beside what the sublayers get of it
@@ -67,7 +83,14 @@ def _stream(micro_batch: MicroBatch, plan: RecomputePlan) -> int:
         return first + num_sublayers * size
     if plan.policy == "replay":
         return len(segments(plan, num_layers)) * size
-    return first if keeps_writes else num_layers * size
+    # Of what leaves the topmost block, beside what ``last norm`` counts.
+    top = micro_batch.stream_work(num_sublayers).kept_state_bytes
+    return size + top + sum(block.kept_of_states for block in micro_batch.blocks[:-1])
+
+
+def stream_size(micro_batch: MicroBatch, plan: RecomputePlan) -> int:
+    """Bytes of a kept tensor of the stream."""
+    return packed_stream(micro_batch) if plan.is_packed else micro_batch.stream_size
 
 
 def kept_outputs(
@@ -75,8 +98,10 @@ def kept_outputs(
 ) -> list[int]:
     """Bytes of each block's outputs that stay."""
     blocks = micro_batch.blocks
+    packed = [PackedBlockBytes(block) for block in blocks]
     if plan.policy == "none":
-        return [block.autograd_outputs() for block in blocks]
+        of = packed if plan.is_packed else blocks
+        return [block.autograd_outputs() for block in of]
     if plan.policy == "block":
         return [
             sum(size * _entering_later(block, name) for name, size in block.outputs.items())
@@ -87,8 +112,12 @@ def kept_outputs(
         if plan.policy == "invert"
         else _replayed(micro_batch, plan)
     )
+
+    def size(idx: int, name: str) -> int:
+        return packed[idx].output(name) if plan.is_packed else blocks[idx].outputs[name]
+
     return [
-        sum(size for name, size in block.outputs.items() if (block.idx, name) in kept)
+        sum(size(block.idx, name) for name in block.outputs if (block.idx, name) in kept)
         for block in blocks
     ]
 

@@ -346,7 +346,7 @@ class LayoutSpace:
             clock = clock_of(work.micro_batch, self.fleet.device)
             way: Way = "compiled" if layout.compiles else "eager"
             stages, tensors = self._stages(sizes), self._tensors(sizes.tensor)
-            self._known[key] = stage_seconds(clock, work.plan, way, stages, tensors)
+            self._known[key] = stage_seconds(clock, work.plan, stages, tensors, way)
         return self._known[key]
 
     def fitting(self) -> Iterator[Priced]:
@@ -371,6 +371,11 @@ def _refuse_fixed(config: RunConfig) -> None:
         for key in ("pipeline", "data", "shard", "tensor", "schedule")
         if getattr(config.parallel, key) != getattr(ParallelConfig, key)
     ]
+    if config.train.keep_as != "computed":
+        problems.append(
+            f"--train.keep-as {config.train.keep_as}: crnet plan --devices weighs activations as "
+            "they are; leave it out"
+        )
     if config.train.recompute == "auto":
         problems.append("--train.recompute auto: crnet plan --devices finds it; leave it out")
     if problems:

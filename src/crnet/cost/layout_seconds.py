@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from crnet.config.sections import ParallelConfig
-from crnet.cost.clock import clock_of, optimizer_seconds
+from crnet.cost.clock import clock_of
 from crnet.cost.fleet import Fleet
 from crnet.cost.hardware import gathered_bytes, summed_widths
 from crnet.cost.layout_memory import Held, Tensors
-from crnet.cost.stage_clock import Seconds
+from crnet.cost.stage_clock import Seconds, optimizer_seconds
 from crnet.cost.stages import Stage, boundary_bytes, by_stage
 from crnet.cost.timeline import simulate
 from crnet.cost.workload import Workload

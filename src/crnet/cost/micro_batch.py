@@ -67,8 +67,9 @@ class MicroBatch:
         return spec.stream.work(
             sublayer_idx,
             spec.num_sublayers,
+            spec.shape,
+            spec.stream_options,
             self.rows,
-            spec.shape.hidden_size,
             self.stream_bytes,
             self.compute_bytes,
         )
@@ -93,6 +94,19 @@ class MicroBatch:
         names = {n for reads in readers for n, read in reads.items() if read.source == "first"}
         return sum(self.blocks[0].handed_bytes(name, readers[0][name]) for name in names)
 
+    @cached_property
+    def shared_casts(self) -> int:
+        """Bytes of the bf16 copies of weights that blocks share: each is made once."""
+        items = sum(work.shared_items for work in self.blocks[0].works.values())
+        return 2 * items if self.is_mixed else 0
+
+    @cached_property
+    def shared_gradients(self) -> int:
+        """Bytes of the gradients of weights that blocks share, which wait for the lowest one."""
+        own = 2 if self.precision == "bf16" else 4
+        trained = [each for each in self.spec.shared.values() if each.trained]
+        return sum(each.num_items * each.item_bytes(own) for each in trained)
+
     def added_at_first(self, plan: RecomputePlan) -> Added:
         """What ``invert``'s guard keeps beyond the plan before the first step."""
         if plan.policy != "invert":
@@ -114,19 +128,22 @@ class BlockBytes:
         self.rows, self.compute_bytes = rows, e
         self.slots = {slot.position: slot for slot in slots}
         self.works: dict[str, Work] = {
-            slot.position: linear.work(slot, options, rows, e) for slot in slots
+            slot.position: linear.of(slot).work(slot, options, slot.rows(rows), e) for slot in slots
         }
-        self.items = {slot.position: linear.output_bytes(slot, options, e) for slot in slots}
+        self.items = {
+            slot.position: linear.of(slot).output_bytes(slot, options, e) for slot in slots
+        }
         """Bytes of an item of each output."""
         self.outputs = {
-            slot.position: rows * slot.out_size * self.items[slot.position] for slot in slots
+            slot.position: slot.rows(rows) * slot.out_size * self.items[slot.position]
+            for slot in slots
         }
         self.bottlenecks = {name: work.bottleneck_bytes for name, work in self.works.items()}
         self.reads: Mapping[str, Read] = spec.reads[self.idx]
         self.hands = spec.hands[self.idx]
         weight_items = sum(work.weight_items for work in self.works.values())
         self.casts = 2 * weight_items if micro_batch.is_mixed else 0
-        """Bytes of the bf16 copies of its weights."""
+        """Bytes of the bf16 copies of its own weights."""
         self.inside = micro_batch.inside
         per_block = len(spec.architecture.writes)
         first = self.idx * per_block
@@ -135,7 +152,10 @@ class BlockBytes:
         self.weight_gradients = {
             slot.position: sum(
                 tensor.num_items * e
-                for tensor in spec.map_tensors(slot).values()
+                for tensor in (
+                    *spec.map_tensors(slot).values(),
+                    *spec.shared_tensors(slot).values(),
+                )
                 if tensor.trained and len(tensor.shape) > 1
             )
             for slot in slots
@@ -157,17 +177,17 @@ class BlockBytes:
                 found[name] += [read for read in reads if read.source == "first"]
         return found
 
-    @cached_property
-    def kept_inputs(self) -> int:
-        """Bytes of the maps' inputs that autograd keeps: of each, if one of its maps keeps it."""
+    def kept_input_sizes(self, *, mixes_again: bool = False) -> list[int]:
+        """Bytes of the maps' inputs that autograd keeps: of each, if one of its maps keeps it, or
+        attention, where it is not run again."""
         kept = {self.inputs[name] for name, work in self.works.items() if work.keeps_input}
-        kept |= self.inside.kept_inputs
-        return sum(self.inside.input_bytes[name] for name in kept)
+        kept |= frozenset() if mixes_again else self.inside.kept_inputs
+        return [self.inside.input_bytes[name] for name in kept]
 
     @cached_property
     def kept_inside(self) -> int:
         """What lies between the maps: norms, rotation, attention, activation."""
-        return self.kept_inputs + self.inside.kept_bytes
+        return sum(self.kept_input_sizes()) + self.inside.kept_bytes
 
     @cached_property
     def kept_by_maps(self) -> int:
@@ -178,12 +198,24 @@ class BlockBytes:
         return sum(work.kept_bytes for work in self.streams)
 
     @cached_property
+    def kept_of_states(self) -> int:
+        """Tensors of the stream's state that are inputs of the blocks above."""
+        return sum(work.kept_state_bytes for work in self.streams)
+
+    @cached_property
     def consumed(self) -> int:
         """The outputs that the inside keeps, in the compute dtype."""
         return sum(
-            self.rows * self.slots[name].out_size * self.compute_bytes
+            self.slots[name].rows(self.rows) * self.slots[name].out_size * self.compute_bytes
             for name in self.inside.kept_outputs
         )
+
+    @property
+    def carries(self) -> int:
+        """What it keeps of earlier blocks."""
+        kept = [read for read in self.reads.values() if read.is_kept]
+        items = [read.width * (read.item_bytes or self.compute_bytes) for read in kept]
+        return self.rows * sum(items)
 
     @cached_property
     def carried_bottlenecks(self) -> int:
@@ -199,18 +231,24 @@ class BlockBytes:
         return self.outputs[name] if read.of == "output" else self.bottlenecks[name]
 
     def autograd_outputs(self) -> int:
-        """Bytes of outputs that stay where autograd keeps everything.
+        """Bytes of outputs that stay where autograd keeps everything."""
+        return sum(num_items * item for num_items, item in self.output_copies())
+
+    def output_copies(self) -> list[tuple[int, int]]:
+        """Items, and bytes of one, of every tensor that is an output and stays where autograd keeps
+        everything.
 
         An output is kept by whoever reads it, in the reader's dtype: by the inside of the block, by
         later blocks, by the stream. Those that take it in its own dtype share one copy.
         """
-        total = 0
+        found: list[tuple[int, int]] = []
         for name, slot in self.slots.items():
             wanted: list[int] = []
+            num_items = slot.rows(self.rows) * slot.out_size
             if name in self.inside.kept_outputs:
                 wanted.append(self.compute_bytes)
             if name in self.writes and self.streams[0].keeps_writes:
-                total += self.outputs[name] if name in self.biased else 0
+                found += [(num_items, self.items[name])] if name in self.biased else []
                 wanted += [] if name in self.biased else [self.items[name]]
             for read in self.readers.get(name, ()):
                 if read.of == "output" and read.is_kept:
@@ -218,8 +256,8 @@ class BlockBytes:
             own = self.items[name]
             casts = [item for item in wanted if item != own]
             shared = [own] if own in wanted else []
-            total += sum(self.rows * slot.out_size * item for item in (*casts, *shared))
-        return total
+            found += [(num_items, item) for item in (*casts, *shared)]
+        return found
 
     def is_read(self, name: str) -> bool:
         return any(read.of == "output" for read in self.readers.get(name, ()))

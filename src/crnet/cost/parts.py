@@ -40,7 +40,9 @@ class PartOfMicroBatch(MicroBatch):
                 for name, size in whole.input_bytes.items()
             },
             kept_bytes=whole.kept_bytes // parts,
+            kept_items=tuple(items // parts for items in whole.kept_items),
             attention_bytes=whole.attention_bytes // parts,
+            attention_items=whole.attention_items // parts,
             activation_bytes=whole.activation_bytes // parts,
             passes=_beside(whole.passes, ahead * count, parts),
             backward_passes=_beside(whole.backward_passes, back * count, parts),

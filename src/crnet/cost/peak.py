@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from crnet.cost.kept import kept_bytes, kept_outputs
+from crnet.cost.kept import kept_bytes, kept_outputs, stream_size
 from crnet.cost.micro_batch import BlockBytes, MicroBatch
+from crnet.cost.packed import PackedBlockBytes
 from crnet.kernels.loss_chunks import chunk_rows
 from crnet.recompute.plan import Added, RecomputePlan, segments
 
@@ -89,6 +90,8 @@ def gradients(micro_batch: MicroBatch, plan: RecomputePlan, block: BlockBytes) -
     is_between = 0 < block.idx < micro_batch.spec.num_layers - 1
     waiting = micro_batch.first_gradients if is_between else 0
     waiting += max(work.gradient_bytes for work in block.streams)
+    if block.idx < micro_batch.spec.num_layers - 1:
+        waiting += micro_batch.shared_gradients
     return micro_batch.stream_size + waiting + max(moments)
 
 
@@ -97,23 +100,30 @@ def _alive(micro_batch: MicroBatch, plan: RecomputePlan, kept: Sequence[int], id
     blocks, block, size = micro_batch.blocks, micro_batch.blocks[idx], micro_batch.stream_size
     sublayers = len(block.streams)
     embedding = size if block.streams[0].keeps_writes else 0
+    if plan.is_packed:
+        return _alive_beside_packed(micro_batch, plan, kept, idx)
     if plan.policy == "none":
-        return embedding + sum(
-            kept[at]
-            + sublayers * size
-            + each.casts
-            + each.kept_inside
-            + each.kept_by_streams
-            + each.kept_by_maps
-            for at, each in enumerate(blocks[: idx + 1])
+        return (
+            embedding
+            + micro_batch.shared_casts
+            + sum(
+                kept[at]
+                + sublayers * size
+                + each.casts
+                + each.kept_inside
+                + each.kept_by_streams
+                + each.kept_by_maps
+                for at, each in enumerate(blocks[: idx + 1])
+            )
         )
     if plan.policy == "block":
         # Of the block itself: its inside, run again, and the stream between its sublayers.
         alive = block.kept_inside + block.kept_by_streams + block.kept_by_maps
-        alive += (sublayers - 1) * size + block.consumed + block.casts
-        streams = embedding + size if embedding else (idx + 1) * size
+        alive += (sublayers - 1) * size + block.consumed + block.casts + micro_batch.shared_casts
+        streams = size + (size if block.streams[0].reads_apart else 0)
         carried = sum(each.carried_bottlenecks for each in blocks[:idx])
-        return alive + streams + carried + sum(kept[:idx])
+        states = sum(each.kept_of_states for each in blocks[:idx])
+        return alive + streams + states + carried + sum(kept[:idx])
     if plan.policy == "invert":
         below = sum(blocks[idx - 1].outputs.values()) if idx else 0
         return (
@@ -128,12 +138,35 @@ def _alive(micro_batch: MicroBatch, plan: RecomputePlan, kept: Sequence[int], id
     return alive_above(micro_batch, plan, bottom, idx) + below
 
 
+def _alive_beside_packed(
+    micro_batch: MicroBatch, plan: RecomputePlan, kept: Sequence[int], idx: int
+) -> int:
+    """``_alive`` where activations are packed: those of the block, or of its segment, are read
+    back, those below wait."""
+    size, blocks = stream_size(micro_batch, plan), micro_batch.blocks
+    packed = [PackedBlockBytes(block) for block in blocks]
+    if plan.policy == "none":
+        own = blocks[idx]
+        # The carries are read back here and, where the block below keeps them too, there once more.
+        alive = own.consumed + own.carries + own.kept_inside + own.kept_by_maps
+        alive += own.casts + own.kept_by_streams + len(own.streams) * micro_batch.stream_size
+        for at, each in enumerate(blocks[:idx]):
+            alive += kept[at] + packed[at].inside() + packed[at].maps()
+            alive += each.casts + each.kept_by_streams + len(each.streams) * size
+        return alive
+    parts = segments(plan, len(blocks))
+    bottom = next(bottom for bottom, top in parts if bottom <= idx < top)
+    alive = alive_above(micro_batch, plan, bottom, idx) - micro_batch.below["bottlenecks"][bottom]
+    alive += sum(each.bottlenecks() for each in packed[:bottom]) + sum(kept[:bottom])
+    return alive + sum(size for first, _ in parts if first < bottom)
+
+
 def alive_above(micro_batch: MicroBatch, plan: RecomputePlan, bottom: int, idx: int) -> int:
     """Of a segment rebuilt from ``bottom`` up, all bottlenecks below included, while block ``idx``
     goes backward; without the streams and outputs kept below it."""
     block, below, size = micro_batch.blocks[idx], micro_batch.below, micro_batch.stream_size
     alive = block.kept_inside + block.consumed + (len(block.streams) - 1) * size
-    alive += block.casts + below["bottlenecks"][idx + 1]
+    alive += block.casts + micro_batch.shared_casts + below["bottlenecks"][idx + 1]
     if plan.keep_attention:
         alive += idx * block.inside.attention_bytes
     alive += (idx + 1 - bottom) * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -12,7 +13,14 @@ from crnet.cost.kept import entering, kept_bytes
 from crnet.cost.micro_batch import MicroBatch
 from crnet.cost.peak import alive_above, gradients, loss_bytes, peak_bytes
 from crnet.errors import ConfigError
-from crnet.recompute.plan import POLICIES, Policy, RecomputePlan, parse_layers, published_layers
+from crnet.recompute.plan import (
+    POLICIES,
+    KeepAs,
+    Policy,
+    RecomputePlan,
+    parse_layers,
+    published_layers,
+)
 
 
 def plan_of(micro_batch: MicroBatch, train: TrainConfig) -> RecomputePlan:
@@ -25,15 +33,16 @@ def plan_of(micro_batch: MicroBatch, train: TrainConfig) -> RecomputePlan:
         budget = (train.activation_budget_gib or 0) * 2**30
         return cheapest(micro_batch, budget, train.invert_tolerance)
     if train.recompute in ("none", "block"):
-        return RecomputePlan(train.recompute)
+        return RecomputePlan(train.recompute, keep_as=train.keep_as)
     keep_attention = train.recompute_attention == "keep"
     plan = usual_plan(micro_batch, train.recompute, keep_attention, train.invert_tolerance)
+    plan = dataclasses.replace(plan, keep_as=train.keep_as)
     if train.recompute_layers is None:
         return plan
     num_layers = micro_batch.spec.num_layers
     layers = parse_layers(train.recompute_layers, num_layers)
     layers = tuple(layer for layer in layers if layer < num_layers)
-    return RecomputePlan(plan.policy, layers, keep_attention, train.invert_tolerance)
+    return dataclasses.replace(plan, kept_layers=layers)
 
 
 def usual_plan(
@@ -48,9 +57,10 @@ def usual_plan(
     return RecomputePlan(policy, layers, keep_attention, tolerance)
 
 
-def policies(micro_batch: MicroBatch) -> tuple[Policy, ...]:
-    """Every policy that the model can be run under."""
-    return tuple(each for each in POLICIES if policy_problem(micro_batch.spec, each) is None)
+def policies(micro_batch: MicroBatch, keep_as: KeepAs = "computed") -> tuple[Policy, ...]:
+    """Every policy that the model can be run under, what is kept kept so."""
+    spec = micro_batch.spec
+    return tuple(each for each in POLICIES if policy_problem(spec, each, keep_as) is None)
 
 
 def cheapest(

@@ -64,7 +64,13 @@ class RankSpace:
         self.multiple = multiple
         self.spec = spec = model_spec(self.config.model)
         """With every rank 1."""
-        self.positions = tuple(position.name for position in spec.positions)
+        sizes = {
+            each.kind: min(each.in_size, each.out_size)
+            for each in spec.positions
+            if not each.is_operator
+        }
+        self.positions = tuple(sizes)
+        """By kind: all experts of a block have one rank."""
         options = spec.linear_options
         self.scheduled = [
             idx
@@ -76,7 +82,7 @@ class RankSpace:
             raise ConfigError(
                 f"--model.linear {spec.linear.name}: no block of this model has ranks to plan"
             )
-        widths = [min(position.in_size, position.out_size) for position in spec.positions]
+        widths = [*sizes.values()]
         self.caps = [width // max(multiple, 1) * multiple for width in widths]
         """Largest rank of each position."""
         if min(self.caps) < 1:
@@ -145,7 +151,8 @@ class RankSpace:
         if kind == "flops":
             options, rows = spec.linear_options, self._one.rows
             works = (
-                spec.linear.work(slot, options, rows, self._one.compute_bytes) for slot in slots
+                spec.linear.of(slot).work(slot, options, slot.rows(rows), self._one.compute_bytes)
+                for slot in slots
             )
             return sum(work.forward_flops for work in works)
         return self._of_tensors(
@@ -185,8 +192,8 @@ class RankSpace:
         key = idx, ranks
         if key not in self._slots:
             block = self.spec.slots[self.scheduled[idx]]
+            of_kind = dict(zip(self.positions, ranks, strict=True))
             self._slots[key] = tuple(
-                dataclasses.replace(slot, rank=rank)
-                for slot, rank in zip(block, ranks, strict=True)
+                dataclasses.replace(slot, rank=of_kind.get(slot.kind, 0)) for slot in block
             )
         return self._slots[key]

@@ -1,18 +1,25 @@
-"""``clock.stage_seconds`` for a search: of a model in parts too, and blocks that are alike priced
-once.
+"""Seconds of a model's passes on a device: of a whole optimizer step, and of a pipeline's stages.
+
+In three ways: eager, compiled, fused (``clock.Way``). Blocks that are alike are priced once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from crnet.cost import traffic
-from crnet.cost.clock import Clock, Way, attention_seconds, second_run
+from crnet.cost.clock import WAYS, Clock, Way, attention_seconds, clock_of, second_run
+from crnet.cost.hardware import Device
 from crnet.cost.micro_batch import BlockBytes
 from crnet.cost.stages import Stage, by_stage
+from crnet.cost.workload import Workload
 from crnet.recompute.plan import RecomputePlan
 from crnet.specs import Passes, TensorSpec
+
+TERMS = ("products", "attention", "passes", "head")
 
 
 @dataclass(frozen=True)
@@ -28,31 +35,103 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class _Direction:
-    """Of one pass through a block or a stage: seconds, operations that the host issues."""
+class _Pass:
+    """One way through some blocks: seconds by term, and the operations that the host issues."""
 
-    seconds: float = 0.0
+    products: float = 0.0
+    attention: float = 0.0
+    passes: float = 0.0
+    head: float = 0.0
     kernels: float = 0.0
 
-    def __add__(self, other: _Direction) -> _Direction:
-        return _Direction(self.seconds + other.seconds, self.kernels + other.kernels)
+    def __add__(self, other: Self) -> Self:
+        terms, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return type(self)(*map(sum, zip(terms, others, strict=True)))
+
+    def seconds(self, issue_s: float) -> float:
+        """No less than the host needs to issue the operations."""
+        return max(sum(getattr(self, term) for term in TERMS), self.kernels * issue_s)
+
+
+_Both = tuple[_Pass, _Pass]
+"""Forward, backward."""
+
+
+def step_seconds(work: Workload, plan: RecomputePlan, on: Device) -> dict[str, float]:
+    """Seconds of one optimizer step, ``WAY: TERM``: ``products`` of the blocks, ``attention``,
+    ``passes`` (elementwise kernels), ``head`` (the loss), ``optimizer``, ``total``.
+
+    ``eager``: as the code runs without ``train.compile``, and no faster than the host issues its
+    operations. ``compiled``: each block by Inductor; left out where the plan forbids it.
+    ``fused``: were elementwise work inside the products' kernels. What packing activations takes
+    (``RecomputePlan.keep_as``) is not in it.
+    Accuracy: kernels and bytes of ``eager`` are counted (``measure.traffic``), the rates are not.
+    """
+    clock = clock_of(work.micro_batch, on)
+    compiles = plan.policy in ("none", "block") and not plan.is_packed
+    ways: list[Way] = [way for way in WAYS if way != "compiled" or compiles]
+    found: dict[str, float] = {}
+    for way in ways:
+        both = _whole(clock, plan, way)
+        terms = {term: work.num_micro_batches * getattr(both, term) for term in TERMS}
+        terms["optimizer"] = optimizer_seconds(work.state_bytes, clock)
+        total = sum(terms.values())
+        if way == "eager":
+            total = max(total, work.num_micro_batches * round(both.kernels) * on.issue_s)
+        found |= {f"{way}: {term}": seconds for term, seconds in (terms | {"total": total}).items()}
+    return found
+
+
+def optimizer_seconds(state_bytes: Mapping[str, int], clock: Clock) -> float:
+    """Weights and state read and written, gradients read; ``state_bytes`` as of a workload."""
+    moved = 2 * (state_bytes["weights"] + state_bytes["optimizer state"])
+    return clock.of_bytes(moved + state_bytes["gradients"])
+
+
+def num_kernels(clock: Clock, plan: RecomputePlan) -> int:
+    """Operations that the host issues for one micro-batch, eager."""
+    return round(_whole(clock, plan, "eager").kernels)
 
 
 def stage_seconds(
     clock: Clock,
     plan: RecomputePlan,
-    way: Way,
     stages: Sequence[Stage],
-    tensors: Mapping[str, TensorSpec],
+    tensors: Mapping[str, TensorSpec] | None = None,
+    way: Way = "eager",
 ) -> list[Seconds]:
-    """Of each stage, one micro-batch; those of ``clock.stage_seconds`` where nothing is in parts.
+    """Of each stage, one micro-batch.
+
+    The loss makes its gradients in the forward pass: the head is in the last stage's. What is
+    recomputed is in the backward passes. Added up they are ``step_seconds`` without the optimizer,
+    but that ``eager`` has no pass faster than that stage's host issues it.
 
     Args:
         stages: together all blocks; one stage is the whole model.
-        tensors: as a process stores them, by full name.
+        tensors: as a process stores them, by full name; None: as the model declares them.
     """
+    issue_s = clock.device.issue_s if way == "eager" else 0.0
+    each_stage = _stages(clock, plan, way, stages, tensors)
+    return [Seconds(*(each.seconds(issue_s) for each in both)) for both in each_stage]
+
+
+def _whole(clock: Clock, plan: RecomputePlan, way: Way) -> _Pass:
+    """Both ways through the model in one stage."""
+    stage = Stage(0, 1, 0, clock.micro_batch.spec.num_layers)
+    ((ahead, back),) = _stages(clock, plan, way, [stage])
+    return ahead + back
+
+
+def _stages(
+    clock: Clock,
+    plan: RecomputePlan,
+    way: Way,
+    stages: Sequence[Stage],
+    tensors: Mapping[str, TensorSpec] | None = None,
+) -> list[_Both]:
+    tensors = clock.micro_batch.spec.tensors if tensors is None else tensors
     repeated_frac = second_run(clock.micro_batch, plan)
-    known: dict[Hashable, tuple[_Direction, _Direction]] = {}
+    known: dict[Hashable, _Both] = {}
     blocks = []
     for block in clock.micro_batch.blocks:
         if (key := _kind(block)) not in known:
@@ -62,11 +141,8 @@ def stage_seconds(
     for stage, mine in zip(stages, by_stage(stages, tensors), strict=True):
         outside = _outside(clock, way, stage, list(mine.values()))
         each_way = zip(*blocks[stage.bottom : stage.top], outside, strict=True)
-        ahead, back = (sum(each, _Direction()) for each in each_way)
-        # An eager pass takes no less than the host needs to issue it.
-        issue = clock.device.issue_s if way == "eager" else 0.0
-        slower = [max(each.seconds, each.kernels * issue) for each in (ahead, back)]
-        found.append(Seconds(*slower))
+        ahead, back = (sum(each, _Pass()) for each in each_way)
+        found.append((ahead, back))
     return found
 
 
@@ -82,8 +158,8 @@ def _kind(block: BlockBytes) -> Hashable:
 
 def _block(
     clock: Clock, plan: RecomputePlan, way: Way, block: BlockBytes, repeated_frac: float
-) -> tuple[_Direction, _Direction]:
-    """Forward and backward, without what weights move."""
+) -> _Both:
+    """Without what weights move."""
     works, runs_again = list(block.works.values()), plan.policy != "none"
     ahead = sum(clock.of_map(each, each.products, each.forward_flops) for each in works)
     back = sum(clock.of_map(each, each.backward_products, each.backward_flops) for each in works)
@@ -91,37 +167,40 @@ def _block(
     passes = traffic.forward_passes(clock.micro_batch, [block])
     passes_back = traffic.backward_passes(clock.micro_batch, [block])
     passes_back += passes if runs_again else Passes()
-    back += ahead * repeated_frac + attention_back + clock.of_passes(passes_back, way)
-    back += attention if runs_again and not plan.keep_attention else 0.0
     count = sum(len(each.products) for each in works)
     count_back = sum(len(each.backward_products) for each in works) + count * repeated_frac
     return (
-        _Direction(
-            ahead + attention + clock.of_passes(passes, way), count + 1 + passes.eager.kernels
+        _Pass(
+            products=ahead,
+            attention=attention,
+            passes=clock.of_passes(passes, way),
+            kernels=count + 1 + passes.eager.kernels,
         ),
-        _Direction(back, count_back + 1 + passes_back.eager.kernels),
+        _Pass(
+            products=back + ahead * repeated_frac,
+            attention=attention_back + (0.0 if plan.is_plain or plan.keep_attention else attention),
+            passes=clock.of_passes(passes_back, way),
+            kernels=count_back + 1 + passes_back.eager.kernels,
+        ),
     )
 
 
-def _outside(
-    clock: Clock, way: Way, stage: Stage, tensors: Sequence[TensorSpec]
-) -> tuple[_Direction, _Direction]:
+def _outside(clock: Clock, way: Way, stage: Stage, tensors: Sequence[TensorSpec]) -> _Both:
     """What weights move, embedding, last norm, head."""
-    micro_batch = clock.micro_batch
+    micro_batch, head, kernels = clock.micro_batch, 0.0, 0
     ahead = traffic.cast_passes(micro_batch, tensors)
     back = traffic.gradient_passes(micro_batch, tensors)
-    products: list[tuple[float, int]] = []
     if stage.is_first:
         embed, embed_back = traffic.embedding_passes(micro_batch)
         ahead, back = ahead + embed, back + embed_back
     if stage.is_last:
         last, last_back = traffic.last_passes(micro_batch)
-        ahead, back = ahead + last + traffic.head_passes(micro_batch), back + last_back
-        head = traffic.head_products(micro_batch)
-        products = [(clock.of_product(each), count) for each, count in head]
-    seconds = sum(each * count for each, count in products) + clock.of_passes(ahead, way)
-    kernels = sum(count for _, count in products) + ahead.eager.kernels
+        ahead, back = ahead + last, back + last_back
+        products, passes = traffic.head_products(micro_batch), traffic.head_passes(micro_batch)
+        head = sum(clock.of_product(each) * count for each, count in products)
+        head += clock.of_passes(passes, way)
+        kernels = sum(count for _, count in products) + passes.eager.kernels
     return (
-        _Direction(seconds, kernels),
-        _Direction(clock.of_passes(back, way), back.eager.kernels),
+        _Pass(passes=clock.of_passes(ahead, way), head=head, kernels=kernels + ahead.eager.kernels),
+        _Pass(passes=clock.of_passes(back, way), kernels=back.eager.kernels),
     )

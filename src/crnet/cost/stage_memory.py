@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from crnet.config.sections import ParallelConfig, num_stages
-from crnet.cost.kept import kept_outputs
+from crnet.cost.kept import kept_outputs, stream_size
 from crnet.cost.micro_batch import BlockBytes, MicroBatch
+from crnet.cost.packed import PackedBlockBytes
 from crnet.cost.shared import bytes_of_rank
 from crnet.cost.stages import Stage, boundary_bytes, cut, held, in_flight
 from crnet.cost.workload import Workload
@@ -71,20 +72,24 @@ def _kept_by_stage(
     micro_batch: MicroBatch, plan: RecomputePlan, outputs: Sequence[int], stage: Stage
 ) -> int:
     """Bytes of one stage; ``outputs``: that each block keeps."""
-    spec, size = micro_batch.spec, micro_batch.stream_size
+    spec, size = micro_batch.spec, stream_size(micro_batch, plan)
+    exact = micro_batch.stream_size
     blocks = micro_batch.blocks[stage.bottom : stage.top]
     total = sum(outputs[block.idx] + _inside(plan, block, size) for block in blocks)
     if plan.policy == "replay":
         bottoms = [low for low, _ in segments(plan, spec.num_layers)]
         total += size * sum(stage.bottom <= low < stage.top for low in bottoms)
-    if not stage.is_first:
+    if plan.policy == "block":  # what leaves the last one is the next stage's
+        total += size - blocks[-1].kept_of_states
+    if not (stage.is_first or plan.is_packed):
         total -= size  # the stream that enters: received
     if stage.is_first:
         total += 8 * micro_batch.rows
-        total += size if micro_batch.blocks[0].streams[0].keeps_writes else 0
+        apart = plan.policy != "block" and blocks[0].streams[0].keeps_writes
+        total += size if apart else 0
     if stage.is_last:
         shape, last = spec.shape, micro_batch.stream_work(spec.num_sublayers)
-        total += size + last.kept_bytes + spec.architecture.last_norm_bytes(micro_batch.batch)
+        total += exact + last.kept_bytes + spec.architecture.last_norm_bytes(micro_batch.batch)
         total += micro_batch.rows * shape.hidden_size * micro_batch.compute_bytes
         total += shape.vocab_size * shape.hidden_size * 4  # the head's gradient
     return total
@@ -92,10 +97,16 @@ def _kept_by_stage(
 
 def _inside(plan: RecomputePlan, block: BlockBytes, size: int) -> int:
     """Beside outputs: what a block keeps; ``size``: of a tensor of the stream."""
+    packed = PackedBlockBytes(block)
+    if plan.is_packed and plan.policy == "none":
+        kept = packed.inside() + packed.maps() + block.kept_by_streams
+        return len(block.streams) * size + kept
+    if plan.is_packed:
+        return packed.bottlenecks()
     if plan.policy == "none":
         kept = block.kept_inside + block.kept_by_streams + block.kept_by_maps
         return len(block.streams) * size + kept
     if plan.policy == "block":
-        return size + block.carried_bottlenecks
+        return block.kept_of_states + block.carried_bottlenecks
     attention = block.inside.attention_bytes if plan.keep_attention else 0
     return sum(block.bottlenecks.values()) + attention

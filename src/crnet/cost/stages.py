@@ -163,13 +163,10 @@ def boundary(micro_batch: MicroBatch, bottom: int) -> list[Crossing]:
     what this block reads of the one below, and what any block from here on reads of the first."""
     spec, blocks = micro_batch.spec, micro_batch.blocks
     h = spec.shape.hidden_size
-    found = [Crossing("state", "embedding", h, micro_batch.stream_bytes)]
-    if micro_batch.stream_work(spec.num_sublayers).keeps_writes:
-        found += [
-            Crossing("state", position, h, block.items[position])
-            for block in blocks[:bottom]
-            for position in block.writes
-        ]
+    written = [block.items[name] for block in blocks[:bottom] for name in block.writes]
+    where = (len(written), spec.num_sublayers, spec.shape, spec.stream_options)
+    state = spec.stream.crossing(*where, micro_batch.stream_bytes, written)
+    found = [Crossing("state", str(idx), h, item) for idx, item in enumerate(state)]
     for source, reader, giver in (("below", bottom, bottom - 1), ("first", -1, 0)):
         for position, read in spec.reads[reader].items():
             if read.source == source:

@@ -19,7 +19,9 @@ def step_flops(work: Workload, plan: RecomputePlan) -> dict[str, int]:
     blocks = {key: work.num_micro_batches * count for key, count in counts.items()}
     rows = work.num_micro_batches * micro_batch.rows
     head = 2 * rows * shape.hidden_size * shape.vocab_size
-    pairs = 4 * rows * shape.hidden_size * shape.num_layers  # per token attended to, forward
+    pairs = 4 * rows * shape.attention_size * shape.num_layers  # per token attended to, forward
+    window = work.spec.architecture.window(work.spec.architecture_options)
+    seen = attended(micro_batch.length, window)
     parts = {
         "blocks forward": blocks["forward"],
         "blocks backward": blocks["backward"],
@@ -30,8 +32,14 @@ def step_flops(work: Workload, plan: RecomputePlan) -> dict[str, int]:
     return parts | {
         "total": sum(parts.values()),
         "attention": 3 * pairs * micro_batch.length,
-        "attention if causal": 3 * pairs * (micro_batch.length + 1) // 2,
+        "attention if causal": 3 * pairs * seen // micro_batch.length,
     }
+
+
+def attended(length: int, window: int | None) -> int:
+    """Pairs of a token and one that it attends to, itself among them, in a row."""
+    reach = length if window is None else min(window, length)
+    return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
 def step_memory(work: Workload) -> int:

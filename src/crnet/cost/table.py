@@ -7,20 +7,26 @@ times priced kernel by kernel (``cost.clock``).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import override
 from crnet.config.units import GIB
-from crnet.cost.clock import WAYS, step_seconds
+from crnet.cost import hardware
+from crnet.cost.clock import WAYS
 from crnet.cost.hardware import Device, communication_bytes
 from crnet.cost.kept import kept_bytes
 from crnet.cost.parameters import num_parameters
 from crnet.cost.peak import peak_bytes
 from crnet.cost.plan_choice import policies, usual_plan
+from crnet.cost.stage_clock import step_seconds
 from crnet.cost.step import step_flops
-from crnet.cost.workload import Workload
-from crnet.recompute.plan import RecomputePlan
+from crnet.cost.workload import Workload, workload
+from crnet.errors import ConfigError
+from crnet.recompute.plan import Policy, RecomputePlan
 
 Section = Literal[
     "parameters",
@@ -48,12 +54,15 @@ class CostRow:
 
 def plans(work: Workload) -> dict[str, RecomputePlan]:
     """Every recompute policy that the model can have, with its usual plan; the configured one as
-    configured."""
+    configured. All keep activations as the configured one does."""
     micro_batch, chosen = work.micro_batch, work.plan
-    return {
-        policy: chosen if policy == chosen.policy else usual_plan(micro_batch, policy)
-        for policy in policies(micro_batch)
-    }
+    keep_as = chosen.keep_as
+
+    def plan(policy: Policy) -> RecomputePlan:
+        usual = usual_plan(micro_batch, policy)
+        return chosen if policy == chosen.policy else dataclasses.replace(usual, keep_as=keep_as)
+
+    return {policy: plan(policy) for policy in policies(micro_batch, keep_as)}
 
 
 def cost_rows(work: Workload, on: Device | None = None, ranks: int = 1) -> list[CostRow]:
@@ -76,6 +85,32 @@ def cost_rows(work: Workload, on: Device | None = None, ranks: int = 1) -> list[
     return rows + (make_rows("seconds", "s", step_seconds(work, work.plan, on)) if on else [])
 
 
+def placed(config: RunConfig, device: str | None) -> tuple[RunConfig, Device | None]:
+    """A run and the device that its time is asked for; on a GPU it is taken to be one of a GPU.
+
+    Raises:
+        ConfigError: an unknown device.
+    """
+    on = hardware.device(device) if device else None
+    if on and hardware.is_gpu(on) and config.train.device == "auto":
+        config = override(config, train={"device": "cuda"})
+    return config, on
+
+
+def table_of(
+    config: RunConfig, on: Device | None = None, ranks: int = 1
+) -> tuple[list[CostRow], dict[Section, str]]:
+    """Rows and headings of a run that has been checked.
+
+    Raises:
+        ConfigError: ``ranks`` is below 1, or no policy fits the activation budget.
+    """
+    if ranks < 1:
+        raise ConfigError(f"--ranks is {ranks}; it must be 1 or more")
+    work = workload(config)
+    return cost_rows(work, on, ranks), titles(work, on, ranks)
+
+
 def make_rows(section: Section, unit: Unit, values: Mapping[str, float]) -> list[CostRow]:
     """One row a term."""
     return [CostRow(section, term, value, unit) for term, value in values.items()]
@@ -84,26 +119,37 @@ def make_rows(section: Section, unit: Unit, values: Mapping[str, float]) -> list
 def titles(work: Workload, on: Device | None = None, ranks: int = 1) -> dict[Section, str]:
     """The heading of each section."""
     micro_batch, policy = work.micro_batch, work.plan.policy
+    packed = f" as {work.plan.keep_as}" if work.plan.is_packed else ""
+    without = "; without the adapter, as if every weight trained" if work.spec.adapter else ""
     found: dict[Section, str] = {
         "parameters": "parameters",
         "state": f"state, GiB; {micro_batch.precision}",
-        "kept": "activations kept, GiB; micro-batch "
-        f"{micro_batch.sequences} x {micro_batch.length}",
-        "peak": "activations at the peak, GiB",
+        "kept": f"activations kept{packed}, GiB; micro-batch "
+        f"{micro_batch.sequences} x {micro_batch.length}{_guarded(work)}{without}",
+        "peak": f"activations at the peak, GiB{without}",
         "logits": "logits, GiB",
-        "memory": "memory at the peak, GiB",
-        "flops": f"FLOPs of a step, recompute {policy}",
+        "memory": f"memory at the peak, GiB{without}",
+        "flops": f"FLOPs of a step, recompute {policy}{without}",
         "communication": f"communication of a step, GiB a rank, {ranks} ranks",
     }
     if on is not None:
         rate, tf32 = on.flops_per_s(micro_batch.precision), on.tf32_flops_per_s
+        without = f"; packing not counted{without}" if packed else without
         faster = f" ({tf32 / 1e12:g} in TF32)" if rate < tf32 else ""
         found["seconds"] = (
             f"seconds of a step on {on.name}, recompute {policy}; {micro_batch.precision} products "
             f"at {on.product_frac:g} of {rate / 1e12:g} TFLOPS{faster}, "
-            f"{on.bytes_per_s / 1e9:g} GB/s; fused: with kernels that are not here yet"
+            f"{on.bytes_per_s / 1e9:g} GB/s; fused: with kernels that are not here yet{without}"
         )
     return found
+
+
+def _guarded(work: Workload) -> str:
+    """That ``invert`` is not algorithm 1 as published, where its guard keeps more than that."""
+    plan = plans(work).get("invert")
+    added = work.micro_batch.added_at_first(plan) if plan else {}
+    number = sum(map(len, added.values()))
+    return f"; invert with {number} outputs that its guard adds" if number else ""
 
 
 def render(

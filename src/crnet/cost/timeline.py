@@ -14,8 +14,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 from crnet.config import sections
-from crnet.cost.clock import stage_seconds
+from crnet.cost.clock import clock_of
 from crnet.cost.hardware import Device
+from crnet.cost.stage_clock import stage_seconds
 from crnet.cost.stages import Direction, boundary_bytes, cut
 from crnet.cost.workload import Workload
 from crnet.errors import ConfigError
@@ -99,7 +100,9 @@ def timeline_of(
     if parallel.pipeline == 1:
         raise ConfigError("one process has no pipeline; take --parallel.pipeline 2 or more")
     stages = cut(work.spec, sections.num_stages(parallel), work.micro_batch.length)
-    forward, backward = stage_seconds(work, stages, work.plan, on)
+    computed = stage_seconds(clock_of(work.micro_batch, on), work.plan, stages)
+    forward = [each.forward_s for each in computed]
+    backward = [each.backward_s for each in computed]
     sent = [0.0] * (len(stages) - 1)
     if link_bytes_per_s is not None:
         sent = [boundary_bytes(work.micro_batch, s.bottom) / link_bytes_per_s for s in stages[1:]]

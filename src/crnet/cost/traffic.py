@@ -41,7 +41,7 @@ def backward_passes(micro_batch: MicroBatch, blocks: Iterable[BlockBytes]) -> Pa
 
 def cast_passes(micro_batch: MicroBatch, tensors: Iterable[TensorSpec]) -> Passes:
     """Of these weights: their casts, forward."""
-    sizes = [each.num_items for each in tensors if _read_by_products(each)]
+    sizes = [each.num_items for each in tensors if _read_by_products(each) and each.is_cast]
     return in_each_way(6 * sum(sizes), len(sizes)) if micro_batch.is_mixed else Passes()
 
 
@@ -64,15 +64,18 @@ def _read_by_products(tensor: TensorSpec) -> bool:
 def _sums(micro_batch: MicroBatch, block: BlockBytes) -> Passes:
     """Gradients of one tensor from its several readers: of an input its maps', of an output the
     blocks' that read it. Inductor adds them where the sum is read; fused there is one product."""
-    found = Passes()
+    found, spec = Passes(), micro_batch.spec
     for name, count in Counter(block.inputs.values()).items():
-        size = (count - 1) * block.inside.input_bytes[name]
-        found += Passes(Traffic(3 * size, count - 1), Traffic(size))
+        experts = {slot.expert for at, slot in block.slots.items() if block.inputs[at] == name}
+        sums = count // len(experts) - 1  # of each row: an expert's maps read its own
+        size = sums * block.inside.input_bytes[name]
+        found += Passes(Traffic(3 * size, sums * len(experts)), Traffic(size))
     for name, readers in block.readers.items():
         count = sum(read.of == "output" for read in readers)
         size = count * block.outputs[name]
         found += Passes(Traffic(3 * size, count), Traffic(size))
-    return found
+    # Of what blocks share ``gradient_passes`` counts one.
+    return found + (gradient_passes(micro_batch, spec.shared.values()) if block.idx else Passes())
 
 
 def _carry_casts(micro_batch: MicroBatch, block: BlockBytes) -> Passes:
@@ -81,7 +84,7 @@ def _carry_casts(micro_batch: MicroBatch, block: BlockBytes) -> Passes:
     found = Passes()
     for name, slot in block.slots.items():
         if block.items[name] != e and name not in block.writes:
-            found += in_each_way(rows * slot.out_size * (e + block.items[name]), 1)
+            found += in_each_way(slot.rows(rows) * slot.out_size * (e + block.items[name]), 1)
         for read in block.readers.get(name, ()):
             own, wanted = block.items[name], read.item_bytes or e
             if read.of == "output" and own != wanted:

@@ -17,7 +17,9 @@ from crnet.config.sections import (
     OptimizerConfig,
     RunConfig,
     TrainConfig,
+    adapter_of,
     choose,
+    model_of,
     options_of,
     precision_of,
     update_of,
@@ -89,8 +91,7 @@ def state_bytes(
 
 def resolved(config: RunConfig) -> RunConfig:
     """The configuration with a vocabulary size: the model's, or the one its tokenizer will have."""
-    size = config.model.vocab_size or config.data.vocab_size
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    return dataclasses.replace(config, model=model_of(config))
 
 
 def workload(config: RunConfig) -> Workload:
@@ -101,7 +102,7 @@ def workload(config: RunConfig) -> Workload:
     """
     config = resolved(config)
     try:
-        spec = model_spec(config.model)
+        spec = dataclasses.replace(model_spec(config.model), adapter=adapter_of(config.train))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     micro_batch = micro_batch_of(config, spec)
@@ -134,9 +135,11 @@ def num_micro_batches(train: TrainConfig) -> int:
     return train.batch_size // sequences_of(train)
 
 
-PLAIN = {"recompute": "none", "recompute_attention": "rerun"} | dict.fromkeys(
-    ("recompute_layers", "activation_budget_gib")
-)
+PLAIN = {
+    "recompute": "none",
+    "recompute_attention": "rerun",
+    "keep_as": "computed",
+} | dict.fromkeys(("recompute_layers", "activation_budget_gib"))
 """Keys of ``train``: no recomputation."""
 
 

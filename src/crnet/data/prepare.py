@@ -26,9 +26,12 @@ from tqdm import tqdm
 
 from crnet.config.sections import DataConfig
 from crnet.config.serialize import to_dict
-from crnet.data import sources, tokenizer
+from crnet.data import sources, templates, tokenizer
+from crnet.data.chat import Chat, Encoded
+from crnet.data.conversations import contents_of, conversation_of
 from crnet.data.shards import (
     FORMAT,
+    MEASURED,
     Prepared,
     ShardWriter,
     file_of,
@@ -50,6 +53,7 @@ _TOKENIZER_BYTES = 100_000_000
 _USE = {"sequence_length", "rows", "validation_tokens", "cache_dir"}
 # ... and these enter the key by the files they name, or only where they have an effect.
 _NOT_IN_KEY = _USE | {"source", "validation_source", "tokenizer", "vocab_size"}
+_CHAT = {"chat", "chat_template", "chat_loss"}
 
 
 def prepare(
@@ -109,13 +113,20 @@ def _key(data: DataConfig, identity: list[list[Any]], shard_tokens: int) -> str:
     settings = {
         field.name: getattr(data, field.name)
         for field in fields(data)
-        if field.name not in _NOT_IN_KEY
+        if field.name not in _left_out(data, _NOT_IN_KEY)
     }
     made_by = [tokenizer.fingerprint(data.tokenizer)]
     if data.tokenizer == "train":
         made_by.append(str(data.vocab_size))
+    if data.chat is not None:
+        made_by.append(templates.fingerprint(data))
     decisive = [FORMAT, shard_tokens, settings, made_by, identity]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _left_out(data: DataConfig, keys: set[str]) -> set[str]:
+    """Those keys, and where records are texts what is of conversations."""
+    return keys if data.chat is not None else keys | _CHAT
 
 
 # Folders of the cache
@@ -192,6 +203,8 @@ def _fill(
     shard_tokens: int,
 ) -> None:
     encoder = _tokenizer(data, progress)
+    if data.chat is not None:
+        encoder = encoder.with_chat_template(templates.chosen(data, encoder.templates))
     dtype = "uint16" if encoder.vocab_size <= 2**16 else "uint32"
     train = ShardWriter(folder, "train", dtype, shard_tokens)
     validation = ShardWriter(folder, "validation", dtype, shard_tokens)
@@ -224,21 +237,40 @@ def _fill(
 def _encode(
     data: DataConfig, encoder: Tokenizer, writers: Mapping[str, ShardWriter], progress: bool
 ) -> None:
-    end = np.array([encoder.eos_id], np.uint32)
+    chat = Chat(encoder, data.chat_loss) if data.chat is not None else None
     with tqdm(desc="preparing", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         for batch in _batches_of(sources.documents(data)):
-            encoded = encoder.encode_batch([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                if len(ids):
-                    size = len(document.text.encode())
-                    writers[document.split].write(np.append(ids, end), size)
+            for split, writer in writers.items():
+                found = [document for document in batch if document.split == split]
+                if chat is not None:
+                    made = chat.encode([(conversation_of(d.text), d.origin) for d in found])
+                else:
+                    made = _encoded([document.text for document in found], encoder, split)
+                for ids, size, lengths, counts in made:
+                    writer.write(ids, size, lengths if split in MEASURED else None, counts)
             num_documents = sum(writer.documents for writer in writers.values())
             bar.set_postfix_str(f"{num_documents:,} documents", refresh=False)
             bar.update(sum(writer.tokens for writer in writers.values()) - bar.n)
 
 
+def _encoded(texts: list[str], encoder: Tokenizer, split: str) -> Iterator[Encoded]:
+    """Texts, each with its end token; one that gives no id is left out."""
+    measured = split in MEASURED
+    encoded = encoder.encode_measured(texts) if measured else encoder.encode_batch(texts)
+    end = np.array([encoder.eos_id], np.uint32)
+    for text, found in zip(texts, encoded, strict=True):
+        ids, lengths = found if isinstance(found, tuple) else (found, None)
+        if not len(ids):
+            continue
+        size = len(text.encode())
+        if lengths is not None:  # what no id stands for, such as blanks at the end, is the end's
+            lengths = np.append(lengths, size - lengths.sum())
+        yield Encoded(np.append(ids, end), size, lengths, None)
+
+
 def _provenance(data: DataConfig, identity: list[list[Any]]) -> dict[str, Any]:
-    settings = {key: value for key, value in to_dict(data).items() if key not in _USE}
+    left_out = _left_out(data, _USE)
+    settings = {key: value for key, value in to_dict(data).items() if key not in left_out}
     # How many files or splits had which part; hash: a share of their documents held out.
     return {**settings, "read_as": dict(Counter(role for role, *_ in identity))}
 
@@ -261,8 +293,9 @@ def _training_texts(data: DataConfig, progress: bool) -> Iterator[str]:
     documents = sources.documents(data)
     for document in tqdm(documents, label, unit=" documents", disable=not progress):
         if document.split == "train":
-            yield document.text
-            num_bytes += len(document.text.encode())
+            text = document.text if data.chat is None else contents_of(document.text)
+            yield text
+            num_bytes += len(text.encode())
             if num_bytes >= _TOKENIZER_BYTES:
                 return
 

@@ -1,6 +1,7 @@
 """From one file to texts: unpack it, decode it, take the records apart, cut a text into documents.
 
-Nothing here holds more than one block of a file and one document in memory.
+Nothing here holds more than one block of a file and one document in memory, but for a .json file
+that is one list of chat records.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from crnet.config.sections import DataConfig
 from crnet.config.serialize import parse_json
+from crnet.data.conversations import ChatReader, layout_of
 from crnet.errors import ConfigError
 
 WHOLE_FILE_CHARS = 64 * 1024
@@ -69,9 +71,16 @@ def file_reader(path: Path, data: DataConfig) -> Reader:
             "compressed inside already)"
         )
     if kind == ".parquet":
-        return lambda: _parquet_texts(path, data.text_key)
+        return lambda: _parquet_texts(path, record_reader(data))
+    if data.chat is not None and kind == ".json":
+        return lambda: _listed_texts(path, record_reader(data))
     if kind in _RECORDS:
-        return lambda: _record_texts(path, data.text_key)
+        return lambda: _record_texts(path, record_reader(data))
+    if data.chat is not None:
+        raise ConfigError(
+            f"{path}: is a text, and --data.chat {data.chat} reads records (.jsonl, .json, "
+            ".parquet); name such files, or say --data.chat none"
+        )
     cut = _CUTS[data.documents]
     origin = str(path)
     return lambda: ((piece, origin) for piece in cut(_blocks(path)))
@@ -202,6 +211,20 @@ _CUTS = {"auto": _auto, "file": _whole, "paragraph": _paragraphs, "line": _lines
 # Records -> texts
 
 
+class RecordReader(Protocol):
+    """Finds the text of the records of one file; how is settled by the first one."""
+
+    def text_of(self, record: Any, where: str) -> str: ...
+    def settle(self, fields: Iterable[str], where: str) -> list[str]:
+        """Names of the fields that are read."""
+        ...
+
+
+def record_reader(data: DataConfig) -> RecordReader:
+    """What reads the records of a file."""
+    return TextKey(data.text_key) if data.chat is None else ChatReader(data.chat)
+
+
 class TextKey:
     """Finds a record's text; which field it is in is settled by the first record."""
 
@@ -237,9 +260,11 @@ class TextKey:
             found = list(fields)
             self._keys = [key for key in TEXT_KEYS if key in found][:1]
             if not self._keys:
+                chat = ", or read conversations with --data.chat auto" if layout_of(found) else ""
                 raise ConfigError(
                     f"{where}: none of the fields {', '.join(map(repr, found)) or '(none)'} is "
                     f"known to hold text ({', '.join(TEXT_KEYS)}); name it with --data.text-key"
+                    f"{chat}"
                 )
         return self._keys
 
@@ -255,8 +280,28 @@ def _field(record: dict[str, Any], key: str, where: str) -> str | None:
     return value
 
 
-def _record_texts(path: Path, text_key: str | None) -> Texts:
-    key = TextKey(text_key)
+def _listed_texts(path: Path, key: RecordReader) -> Texts:
+    """Of a .json file: one list of records, which is held whole, or a record a line."""
+    blocks = _bytes(path)
+    first = next(blocks, b"")
+    if not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _record_texts(path, key)
+        return
+    content = b"".join([first, *blocks]).removeprefix(codecs.BOM_UTF8)
+    try:
+        records = parse_json(content)
+    except UnicodeDecodeError as error:
+        raise ConfigError(_undecodable(path, error.start, content[error.start])) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: is not a JSON list ({error}); mend or write it again"
+        ) from error
+    for number, record in enumerate(records):
+        origin = f"{path}[{number}]"
+        yield key.text_of(record, origin), origin
+
+
+def _record_texts(path: Path, key: RecordReader) -> Texts:
     offset = 0
     for number, line in enumerate(_byte_lines(path), 1):
         content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -298,10 +343,9 @@ def _record(path: Path, line: bytes, number: int, offset: int) -> Any:
     return record
 
 
-def _parquet_texts(path: Path, text_key: str | None) -> Texts:
+def _parquet_texts(path: Path, key: RecordReader) -> Texts:
     pyarrow = optional_package("pyarrow", str(path))
     parquet = optional_package("pyarrow.parquet", str(path))
-    key = TextKey(text_key)
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from crnet.data.order import order
-from crnet.data.shards import Prepared, stored_dtype
+from crnet.data.shards import MASK, MEASURED, Prepared, stored_dtype
 from crnet.data.sources import Split
 from crnet.errors import ConfigError
 
@@ -39,6 +39,10 @@ class Rows:
     are the inputs shifted left by one; at the padding and in the last place they are ``IGNORED``.
     Source: the C4 protocol of GaLore and its successors (truncation and padding to 256, no
     packing).
+
+    Of conversations (``Prepared.is_masked``) targets that do not count are ``IGNORED`` too, and so
+    is the end token in whose place one was cut. Rows without a target that counts are left out: no
+    step and no evaluation is without one.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class Rows:
 
         Raises:
             ConfigError: ``sequence_length`` is below 2, or the mode is unknown.
-        Cost: none; the files are mapped, not read.
+        Cost: none; the files are mapped, not read. Of conversations a byte a token is.
         """
         if sequence_length < 2 or mode not in ("packed", "document"):
             raise ConfigError(
@@ -69,6 +73,13 @@ class Rows:
             counts = [shard.documents for shard in shards]
         else:
             counts = [max(0, shard.tokens - 1) // sequence_length for shard in shards]
+        self._masks: list[np.ndarray] = []
+        self._kept: list[np.ndarray] = []
+        if prepared.is_masked:
+            names = [f"{shard.name}{MASK}" for shard in shards]
+            self._masks = [_mapped(folder / name, np.dtype(np.uint8)) for name in names]
+            self._kept = [self._counting(*each) for each in enumerate(counts)]
+            counts = [len(kept) for kept in self._kept]
         self._first_row = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def __len__(self) -> int:
@@ -92,35 +103,104 @@ class Rows:
         shards = np.searchsorted(self._first_row, indices, side="right") - 1
         if len(self._ids) == 1 or (indices.size and (shards == shards[0]).all()):
             shard = int(shards[0]) if indices.size else 0
-            tokens, targets = read(shard, indices - self._first_row[shard])
+            tokens, targets = read(shard, self._in_shard(shard, indices))
         else:
             tokens = np.empty((len(indices), self.sequence_length), np.int64)
             targets = np.empty_like(tokens)
             for shard in np.unique(shards):
                 here = shards == shard
-                tokens[here], targets[here] = read(shard, indices[here] - self._first_row[shard])
+                tokens[here], targets[here] = read(shard, self._in_shard(shard, indices[here]))
         return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+    def _in_shard(self, shard: int, indices: np.ndarray) -> np.ndarray:
+        """Which rows of its shard rows of all shards are."""
+        rows = indices - self._first_row[shard]
+        return self._kept[shard][rows] if self._kept else rows
+
+    def _counting(self, shard: int, num_rows: int) -> np.ndarray:
+        """Those of a shard's rows that have a target that counts."""
+        found, size = [np.zeros(0, np.int64)], 2**14
+        for start in range(0, num_rows, size):
+            rows = np.arange(start, min(start + size, num_rows))
+            found.append(rows[self._counted(shard, rows).any(axis=1)])
+        return np.concatenate(found)
+
+    def _counted(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """Which targets of rows count; bool, (rows, T)."""
+        mask, length = self._masks[shard], self.sequence_length
+        if self.mode == "packed":
+            return self._windows(mask[1:])[rows] > 0
+        counted = np.zeros((len(rows), length), bool)
+        for i, (start, end) in enumerate(zip(*self._spans(shard, rows), strict=True)):
+            is_cut = end - start > length
+            size = length - 2 if is_cut else end - start - 1
+            counted[i, :size] = mask[start + 1 : start + 1 + size]
+        return counted
+
+    def _windows(self, stream: np.ndarray) -> np.ndarray:
+        """A view: row i is ``stream[i T : i T + T]``."""
+        return sliding_window_view(stream, self.sequence_length)[:: self.sequence_length]
 
     def _packed(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Row i of this view is ids[i T : i T + T + 1]; taking rows of it copies whole rows.
         windows = sliding_window_view(self._ids[shard], self.sequence_length + 1)
         both = windows[:: self.sequence_length][rows]
-        return both[:, :-1].astype(np.int64), both[:, 1:].astype(np.int64)
+        tokens, targets = both[:, :-1].astype(np.int64), both[:, 1:].astype(np.int64)
+        if self._masks:
+            targets[~self._counted(shard, rows)] = IGNORED
+        return tokens, targets
 
     def _documents(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ids, length, prepared = self._ids[shard], self.sequence_length, self.prepared
         pad_id = prepared.eos_id if prepared.pad_id is None else prepared.pad_id
         tokens = np.full((len(rows), length), pad_id, np.int64)
         targets = np.full((len(rows), length), IGNORED, np.int64)
-        index = self._starts[shard]
-        following = index[np.minimum(rows + 1, len(index) - 1)]
-        ends = np.where(rows + 1 < len(index), following, len(ids)).tolist()
-        for i, (start, end) in enumerate(zip(index[rows].tolist(), ends, strict=True)):
+        for i, (start, end) in enumerate(zip(*self._spans(shard, rows), strict=True)):
             size = min(end - start, length)
             tokens[i, :size] = ids[start : start + size]
             tokens[i, size - 1] = prepared.eos_id
             targets[i, : size - 1] = tokens[i, 1:size]
+        if self._masks:
+            targets[~self._counted(shard, rows)] = IGNORED
         return tokens, targets
+
+    def _spans(self, shard: int, rows: np.ndarray) -> tuple[list[int], list[int]]:
+        """Where the documents of rows begin and end in their shard's ids."""
+        index = self._starts[shard]
+        following = index[np.minimum(rows + 1, len(index) - 1)]
+        ends = np.where(rows + 1 < len(index), following, len(self._ids[shard]))
+        return index[rows].tolist(), ends.tolist()
+
+    def num_bytes(self, indices: np.ndarray) -> int:
+        """Return how many bytes of text the targets of rows stand for (``encode_measured``).
+
+        Exact where a row is cut in the middle of a document: each of its ids knows its own bytes.
+        Of conversations those of targets that count.
+        The first id of a row is no target; an end token stands for none, and so does the one in
+        whose place a document was cut.
+
+        Raises:
+            ConfigError: the split has no lengths beside its ids.
+        Cost: reads 4 bytes a target.
+        """
+        if self.split not in MEASURED:
+            raise ConfigError(f"the bytes of the {self.split} part are not written down")
+        shards = np.searchsorted(self._first_row, indices, side="right") - 1
+        total = 0
+        for shard in np.unique(shards):
+            name = self.prepared.parts[self.split].shards[shard].name
+            lengths = _mapped(self.prepared.folder / f"{name}.len", np.dtype("<u4"))
+            rows = self._in_shard(shard, indices[shards == shard])
+            if self._masks:
+                lengths = lengths * self._masks[shard]
+            if self.mode == "packed":
+                total += int(self._windows(lengths[1:])[rows].sum(dtype=np.int64))
+                continue
+            for start, end in zip(*self._spans(int(shard), rows), strict=True):
+                is_cut = end - start > self.sequence_length
+                last = start + self.sequence_length - 1 if is_cut else end
+                total += int(lengths[start + 1 : last].sum(dtype=np.int64))
+        return total
 
     def within(self, max_tokens: int) -> np.ndarray:
         """Return the indices, rising, of rows that hold at most ``max_tokens`` tokens of input.
@@ -155,6 +235,9 @@ class Rows:
             np.diff(starts.astype(np.int64), append=len(ids))
             for starts, ids in zip(self._starts, self._ids, strict=True)
         ]
+        if self._kept:
+            pairs = zip(lengths, self._kept, strict=True)
+            lengths = [sizes[kept] for sizes, kept in pairs]
         return np.minimum(np.concatenate(lengths), self.sequence_length)
 
 
@@ -171,6 +254,8 @@ def check_enough(rows: Rows, batch_size: int) -> None:
         mend = "hold out more (--data.validation-frac) or name a --data.validation-source"
     else:
         mend = "take a smaller --train.batch-size or more text (--data.source)"
+    if part.documents and rows.prepared.is_masked:
+        mend += "; rows without an answer that counts are left out"
     shorter = "" if rows.mode == "document" else ", or a smaller --data.sequence-length"
     raise ConfigError(
         f"the {rows.split} part has {part.tokens:,} tokens in {part.documents:,} documents, which "

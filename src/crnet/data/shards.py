@@ -5,7 +5,9 @@ Layout of a prepared folder (all numbers little-endian):
     train-00000.bin       ids of whole documents, each with its end token; uint16 or uint32
     train-00000.idx       uint64: where each document of that shard starts, in ids
     validation-00000.bin  and .idx, the same
-    tokenizer.json        or tokenizer.model (and tokenizer_config.json)
+    validation-00000.len  uint32: how many bytes of its document's text each id stands for
+    train-00000.msk       uint8, of conversations: 1 for an id that counts, of both parts
+    tokenizer.json        or tokenizer.model (and tokenizer_config.json, chat_template.jinja)
     meta.json             what is there, size and SHA-256 of every file, and of itself
     verified.json         size, times and inode of every file when it was last found whole
 
@@ -33,13 +35,19 @@ from crnet.data.tokenizer import Tokenizer, load_saved
 from crnet.errors import ConfigError
 from crnet.storage.files import is_name
 
-FORMAT = 2
+FORMAT = 3
 """Version of the layout; part of a folder's name, so a new one never reads an old folder."""
 
 _META, _VERIFIED = "meta.json", "verified.json"
 _SHOWN_BYTES = 1 << 30  # hashing less takes no time that a user would wonder about
 
 _SUMMED = ("tokens", "documents")
+
+MEASURED = ("validation",)
+"""The splits whose ids have a length in bytes beside them: those that are evaluated."""
+
+MASK = ".msk"
+"""Ending of the files that say which ids count."""
 
 IdType = Literal["uint16", "uint32"]
 
@@ -72,7 +80,8 @@ class Part:
     text_bytes: int
     """UTF-8 length of the documents."""
     sha256: str
-    """Of the ids as they lie on disk, shard after shard."""
+    """Of the ids as they lie on disk, shard after shard; of conversations, of every document's ids
+    and then which of them count."""
     shards: tuple[Shard, ...]
 
 
@@ -93,6 +102,11 @@ class Prepared:
     """What was read and how, for the reader of meta.json."""
     files: dict[str, File]
     """Every file but meta.json and verified.json, by name."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some ids alone count as targets."""
+        return any(name.endswith(MASK) for name in self.files)
 
     def tokenizer(self) -> Tokenizer:
         """Open the tokenizer that made the ids. Cost: up to a second."""
@@ -176,10 +190,14 @@ def _sizes(prepared: Prepared) -> dict[Path, int]:
     """The bytes that each file of the shards must have."""
     id_bytes = np.dtype(prepared.dtype).itemsize
     sizes: dict[Path, int] = {}
-    for part in prepared.parts.values():
+    for split, part in prepared.parts.items():
         for shard in part.shards:
             sizes[prepared.folder / f"{shard.name}.bin"] = shard.tokens * id_bytes
             sizes[prepared.folder / f"{shard.name}.idx"] = shard.documents * 8
+            if split in MEASURED:
+                sizes[prepared.folder / f"{shard.name}.len"] = shard.tokens * 4
+            if prepared.is_masked:
+                sizes[prepared.folder / f"{shard.name}{MASK}"] = shard.tokens
     return sizes
 
 
@@ -247,6 +265,8 @@ class ShardWriter:
         self._dtype, self._shard_tokens = stored_dtype(dtype), shard_tokens
         self._file: Any = None
         self._starts: list[int] = []
+        self._lengths: list[np.ndarray] = []
+        self._counts: list[np.ndarray] = []
         self._shards: list[Shard] = []
         self._fill = 0
         self._digest, self._shard_digest = hashlib.sha256(), hashlib.sha256()
@@ -254,12 +274,20 @@ class ShardWriter:
         """What has been written, by name; complete once closed."""
         self.documents = self.tokens = self.text_bytes = 0
 
-    def write(self, ids: np.ndarray, text_bytes: int) -> None:
+    def write(
+        self,
+        ids: np.ndarray,
+        text_bytes: int,
+        lengths: np.ndarray | None = None,
+        counts: np.ndarray | None = None,
+    ) -> None:
         """Append one document.
 
         Args:
             ids: with the end token; every id fits the type of the files.
             text_bytes: UTF-8 length of the text.
+            lengths: how many of these bytes each id stands for; of splits in ``MEASURED``.
+            counts: uint8, 1 where an id is to be learnt; None: all are, of every document.
         Raises:
             ConfigError: the folder cannot be written.
         """
@@ -271,11 +299,16 @@ class ShardWriter:
                 self._file = open(self._folder / f"{self._name()}.bin", "wb")  # noqa: SIM115
             self._file.write(content)
         self._starts.append(self._fill)
+        if lengths is not None:
+            self._lengths.append(lengths.astype("<u4"))
         self._fill += len(ids)
         self.documents += 1
         self.tokens += len(ids)
         self.text_bytes += text_bytes
         self._digest.update(content)
+        if counts is not None:
+            self._counts.append(counts)
+            self._digest.update(counts.tobytes())
         self._shard_digest.update(content)
 
     def close(self) -> None:
@@ -300,9 +333,17 @@ class ShardWriter:
         name, size = self._name(), self._fill * self._dtype.itemsize
         self._file.close()
         self._file = None
-        starts = np.array(self._starts, "<u8").tobytes()
-        (self._folder / f"{name}.idx").write_bytes(starts)
         self.files[f"{name}.bin"] = File(size, self._shard_digest.hexdigest())
-        self.files[f"{name}.idx"] = File(len(starts), hashlib.sha256(starts).hexdigest())
+        self._write_beside(f"{name}.idx", np.array(self._starts, "<u8"))
+        if self._lengths:
+            self._write_beside(f"{name}.len", np.concatenate(self._lengths))
+        if self._counts:
+            self._write_beside(f"{name}{MASK}", np.concatenate(self._counts))
         self._shards.append(Shard(name, self._fill, len(self._starts)))
         self._starts, self._fill, self._shard_digest = [], 0, hashlib.sha256()
+        self._lengths, self._counts = [], []
+
+    def _write_beside(self, name: str, numbers: np.ndarray) -> None:
+        content = numbers.tobytes()
+        (self._folder / name).write_bytes(content)
+        self.files[name] = File(len(content), hashlib.sha256(content).hexdigest())

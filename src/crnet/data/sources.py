@@ -31,10 +31,10 @@ from crnet.config.sections import DataConfig
 from crnet.data.readers import (
     KNOWN_SUFFIXES,
     Reader,
-    TextKey,
     Texts,
     file_reader,
     optional_package,
+    record_reader,
     text_reader,
     unreadable,
 )
@@ -67,7 +67,7 @@ class Document:
     """One text and the side it is on."""
 
     text: str
-    """Not empty, valid Unicode (it can be encoded as UTF-8)."""
+    """Not empty, valid Unicode (it can be encoded as UTF-8); of a chat record its conversation."""
     split: Split
     origin: str
     """Where it came from, for messages: ``file``, ``file:line`` or ``data set[split]:number``."""
@@ -137,6 +137,28 @@ def documents(data: DataConfig) -> Iterator[Document]:
             yield from itertools.islice(_read(group, data.validation_frac), data.max_documents)
 
     return stream()
+
+
+def texts_to_evaluate(data: DataConfig, *, held_out_alone: bool) -> Iterator[str]:
+    """Stream the texts that a model is evaluated on.
+
+    Args:
+        data: the corpus; ``max_documents`` limits it.
+        held_out_alone: the documents that ``documents`` holds out, for the corpus that a model was
+            trained on. Else all documents of ``source``, but for what it names as training data
+            beside a validation part.
+    Raises:
+        ConfigError: as ``documents``.
+    Cost: as ``documents``.
+    """
+    if held_out_alone:
+        return (each.text for each in documents(data) if each.split == "validation")
+    found = _parts_of(data.source, data, "--data.source")
+    kept = [_with_role(each, "validation") for each in found if each.role != "train"]
+    _check_named_once(kept)
+    parts = [part for each in kept for part in _opened(each, data)]
+    every = itertools.islice(_read(parts, data.validation_frac), data.max_documents)
+    return (each.text for each in every)
 
 
 def identity(data: DataConfig) -> list[list[Any]]:
@@ -462,7 +484,7 @@ def _split_reader(
     found: _DataSet, label: str, splits: Mapping[str, Iterable[Any]], split: str, data: DataConfig
 ) -> Reader:
     def read() -> Texts:
-        key = TextKey(data.text_key)
+        key = record_reader(data)
         try:
             for number, record in enumerate(splits[split]):
                 origin = f"{found.name}[{split}]:{number}"

@@ -11,6 +11,7 @@ tokenizer.json, such as T5's, has its special tokens among its pieces and still 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
@@ -24,6 +25,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from crnet.config.serialize import read_json
+from crnet.data.templates import DEFAULT, TEMPLATE, Beside, beside, named, texts_of
 from crnet.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -43,6 +45,8 @@ EOS_NAMES = (
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
 _JSON, _SPECIALS, _PIECES = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+_CLASSES = {_JSON: "TokenizersBackend", _PIECES: "SentencePieceBackend"}
+"""Of transformers, by the file that they run as it is."""
 
 
 class _Engine(Protocol):
@@ -54,7 +58,12 @@ class _Engine(Protocol):
     def token_id(self, name: str) -> int | None: ...
     def named(self, role: str) -> int | None: ...
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def encode_lengths(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        """Ids, and the bytes of the text that each stands for."""
+        ...
+
     def decode(self, ids: list[int]) -> str: ...
+    def special_names(self, ids: dict[str, int]) -> dict[str, str]: ...
     def to_bytes(self) -> bytes: ...
 
 
@@ -65,11 +74,15 @@ class Tokenizer:
         vocab_size: rows that an embedding needs, the largest id plus one.
         eos_id: the id that ends a document.
         pad_id: the id that fills a row, or None where the vocabulary has none.
-        hash: SHA-256, in hex, of the file that ``save`` writes.
+        hash: SHA-256, in hex, of the tokenizer's file that ``save`` writes.
+        templates: its chat templates by name (``data.templates``).
+        token_texts: ``bos_token`` and so on, for these.
     """
 
-    def __init__(self, engine: _Engine, origin: str):
+    def __init__(self, engine: _Engine, origin: str, given: Beside | None = None):
+        given = given or Beside()
         self._engine = engine
+        self.templates = dict(given.templates)
         self.vocab_size = engine.vocab_size
         self.hash = hashlib.sha256(engine.to_bytes()).hexdigest()
         eos_id = _special(engine, "eos", EOS_NAMES)
@@ -80,6 +93,28 @@ class Tokenizer:
             )
         self.eos_id: int = eos_id
         self.pad_id: int | None = _special(engine, "pad", PAD_NAMES)
+        self.token_texts = {**given.tokens, **self._special_texts()}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The one that is meant where none is named, and the one that ``save`` writes."""
+        return self.templates.get(DEFAULT)
+
+    def with_chat_template(self, text: str) -> Tokenizer:
+        """The same tokenizer with that template alone."""
+        made = copy.copy(self)
+        made.templates = {DEFAULT: text}
+        return made
+
+    def json_content(self) -> bytes | None:
+        """The tokenizer.json; None of a SentencePiece model."""
+        return self._engine.to_bytes() if self._engine.file_name == _JSON else None
+
+    def _special_texts(self) -> dict[str, str]:
+        ids = {"eos_token": self.eos_id}
+        if self.pad_id is not None:
+            ids["pad_token"] = self.pad_id
+        return self._engine.special_names(ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without an end token.
@@ -99,6 +134,23 @@ class Tokenizer:
         """
         return [np.array(ids, np.uint32) for ids in self._engine.encode_batch(list(texts))]
 
+    def encode_measured(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids of each text, and how many bytes of the text each id stands for.
+
+        An id stands for the text (UTF-8, as it came) from where the one before it ends to where it
+        ends itself: what the tokenizer leaves out counts with what follows, a character that is
+        spelled by several ids with one of them. So lengths add up to the text, but for what is left
+        out behind the last id, whatever the tokenizer does to the text.
+
+        Args:
+            texts: any number of texts.
+        Returns:
+            Two arrays for each, uint32 and int64.
+        Cost: up to three times ``encode_batch``.
+        """
+        found = self._engine.encode_lengths(list(texts))
+        return [(np.array(ids, np.uint32), np.array(each, np.int64)) for ids, each in found]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``; special tokens are written out where the library can.
 
@@ -115,22 +167,38 @@ class Tokenizer:
         return self._engine.decode(plain)
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer into an existing folder, for ``load_saved``.
+        """Write the tokenizer into an existing folder, for ``load_saved`` and for transformers'
+        ``AutoTokenizer``, which gives the same ids with ``add_special_tokens=False``. Without it a
+        tokenizer.json adds what it says there (T5's an end token); our own says nothing. A chat
+        template is written beside it.
 
         Raises:
             OSError: the folder cannot be written.
         """
         (folder / self._engine.file_name).write_bytes(self._engine.to_bytes())
-        if self._engine.file_name == _JSON:
-            # Also what Hugging Face libraries read; keeps an end token that goes by another name.
-            named = {"eos_token": self.eos_id, "pad_token": self.pad_id}
-            names = {
-                key: self._engine.decode([token_id])
-                for key, token_id in named.items()
-                if token_id is not None
-            }
-            text = json.dumps(names, indent=2, ensure_ascii=False) + "\n"
-            (folder / _SPECIALS).write_text(text, encoding="utf-8")
+        # The names also keep an end token that goes by another one.
+        described = self._special_texts()
+        if self.chat_template is not None:
+            (folder / TEMPLATE).write_bytes(self.chat_template.encode())
+            described |= self.token_texts
+        described |= {
+            "tokenizer_class": _CLASSES[self._engine.file_name],
+            "clean_up_tokenization_spaces": False,
+        }
+        text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+        (folder / _SPECIALS).write_text(text, encoding="utf-8")
+
+
+def _lengths(text: str, ends: Sequence[int]) -> list[int]:
+    """Bytes between successive ends, given in characters."""
+    if text.isascii():
+        at_bytes = np.arange(len(text) + 1)
+    else:
+        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        sizes = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
+        at_bytes = np.concatenate([[0], np.cumsum(sizes)])
+    rising = np.maximum.accumulate(np.asarray(ends, np.int64))
+    return np.diff(at_bytes[rising], prepend=0).tolist()
 
 
 def load(spec: str) -> Tokenizer:
@@ -154,8 +222,10 @@ def load(spec: str) -> Tokenizer:
     if os.path.isfile(path):
         if path.suffix == ".model":
             return Tokenizer(_SentencePiece(_content(path), spec), spec)
-        names = _special_names(path.parent / _SPECIALS) if path.name == _JSON else {}
-        return Tokenizer(_Json(_content(path), names, spec), spec)
+        if path.name != _JSON:
+            return Tokenizer(_Json(_content(path), {}, spec), spec)
+        names = _special_names(path.parent / _SPECIALS)
+        return Tokenizer(_Json(_content(path), names, spec), spec, beside(path.parent))
     if path.suffix in (".json", ".model") or spec.count("/") > 1:
         raise ConfigError(
             f"--data.tokenizer {spec}: no such file; name a tokenizer.json, a SentencePiece "
@@ -172,9 +242,11 @@ def load_saved(folder: Path) -> Tokenizer:
     """
     if (folder / _JSON).is_file():
         names = _special_names(folder / _SPECIALS)
-        return Tokenizer(_Json(_content(folder / _JSON), names, str(folder / _JSON)), str(folder))
+        engine: _Engine = _Json(_content(folder / _JSON), names, str(folder / _JSON))
+        return Tokenizer(engine, str(folder), beside(folder))
     if (folder / _PIECES).is_file():
-        return Tokenizer(_SentencePiece(_content(folder / _PIECES), str(folder)), str(folder))
+        engine = _SentencePiece(_content(folder / _PIECES), str(folder))
+        return Tokenizer(engine, str(folder), beside(folder))
     raise ConfigError(f"{folder}: holds neither {_JSON} nor {_PIECES}; name a tokenizer's folder")
 
 
@@ -251,14 +323,8 @@ def _special_names(path: Path) -> dict[str, str]:
     """Names of special tokens, by role, from a tokenizer_config.json if there is one."""
     if not path.is_file():
         return {}
-    config = read_json(path)
-    names = {}
-    for role in ("eos", "pad"):
-        value = config.get(f"{role}_token")
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            names[role] = value
-    return names
+    texts = texts_of(read_json(path))
+    return {role: text for role in ("eos", "pad") if (text := texts.get(f"{role}_token"))}
 
 
 def _from_transformers(spec: str) -> Tokenizer:
@@ -285,7 +351,8 @@ def _from_transformers(spec: str) -> Tokenizer:
         )
     pairs = (("eos", opened.eos_token), ("pad", opened.pad_token))
     names = {role: str(name) for role, name in pairs if name is not None}
-    return Tokenizer(_Json(backend.to_str().encode(), names, spec), spec)
+    given = Beside(named(opened.chat_template), texts_of(opened.special_tokens_map))
+    return Tokenizer(_Json(backend.to_str().encode(), names, spec), spec, given)
 
 
 class _Json:
@@ -319,8 +386,18 @@ class _Json:
         found = self._library.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
+    def encode_lengths(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        found = self._library.encode_batch(texts, add_special_tokens=False)
+        return [
+            (each.ids, _lengths(text, [end for _, end in each.offsets]))
+            for text, each in zip(texts, found, strict=True)
+        ]
+
     def decode(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=False)
+
+    def special_names(self, ids: dict[str, int]) -> dict[str, str]:
+        return {role: self.decode([token_id]) for role, token_id in ids.items()}
 
     def to_bytes(self) -> bytes:
         return self._content
@@ -361,8 +438,29 @@ class _SentencePiece:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._library.encode(texts, num_threads=os.cpu_count() or 1)
 
+    def encode_lengths(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        try:
+            found = self._library.encode(texts, out_type="proto", num_threads=os.cpu_count() or 1)
+        except ImportError as error:
+            raise ConfigError(
+                f"the bytes of SentencePiece's ids need the package protobuf ({error}); "
+                "pip install 'crnet[data]'"
+            ) from error
+        return [
+            (
+                [piece.id for piece in each.pieces],
+                np.diff([piece.end for piece in each.pieces], prepend=0).tolist(),  # in bytes
+            )
+            for each in found
+        ]
+
     def decode(self, ids: list[int]) -> str:
         return self._library.decode(ids)
+
+    def special_names(self, ids: dict[str, int]) -> dict[str, str]:
+        if (unknown := self._library.unk_id()) >= 0:
+            ids = ids | {"unk_token": unknown}
+        return {role: self._library.id_to_piece(token_id) for role, token_id in ids.items()}
 
     def to_bytes(self) -> bytes:
         return self._content

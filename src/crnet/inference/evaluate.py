@@ -1,6 +1,9 @@
 """Token-weighted loss over a fixed, hashed validation set, in fp32 unless told otherwise.
 
-The figure depends on the weights and the set alone: which rows it has, and their order, are fixed
+Beside it the same sum by byte of the text, which compares models whatever their tokenizers, and how
+often the next token is the likeliest one.
+
+The figures depend on the weights and the set alone: which rows it has, and their order, are fixed
 (``data.rows.Rows.within``); they are read in batches whose size is fixed here (so the training
 micro-batch cannot change even the last bit), losses are summed in fp64 and divided by the number of
 target tokens.
@@ -11,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,12 +23,13 @@ from torch import Tensor, nn
 
 from crnet.data.rows import IGNORED, Rows, validation_batches
 from crnet.model.language_model import LanguageModel
+from crnet.parallel.engine import Engine
 from crnet.parallel.world import ALONE, World
 
 TOKENS_AT_ONCE = 8192
 """Input tokens in one forward pass of an evaluation."""
 
-Call = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Sums = Callable[[Tensor, Tensor], Tensor]
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """Of products: fp32; tf32: fp32 with the mantissas of products cut to 10 bits, on GPUs that have
@@ -40,11 +44,49 @@ class Evaluation:
     """Mean over target tokens, nats."""
     tokens: int
     """Target tokens."""
+    accuracy: float = math.nan
+    """Share of the targets that are the likeliest token (of several, the lowest id)."""
+    bytes: int = 0
+    """Of the text that the targets stand for (``data.rows.Rows.num_bytes``); 0: not known."""
 
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The whole loss, in bits, over the bytes of the text; nan where these are not known."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def figures(self) -> dict[str, Any]:
+        """As ``metrics.jsonl`` and ``--json`` have them."""
+        return {
+            "val_loss": self.loss,
+            "val_perplexity": self.perplexity,
+            "val_bits_per_byte": self.bits_per_byte,
+            "val_accuracy": self.accuracy,
+            "val_tokens": self.tokens,
+            "val_bytes": self.bytes,
+        }
+
+    def words(self) -> str:
+        """The figures that compare, in words."""
+        return (
+            f"perplexity {self.perplexity:.2f}, {self.bits_per_byte:.4f} bits a byte, "
+            f"accuracy {self.accuracy:.2%}"
+        )
+
+
+def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
+    """Inverse of ``Evaluation.figures``; of a row that knows less, what it knows."""
+    accuracy, bytes_ = row.get("val_accuracy", math.nan), row.get("val_bytes", 0)
+    return Evaluation(row["val_loss"], row["val_tokens"], accuracy, bytes_)
+
+
+def exp(loss: float) -> float:
+    """e to a loss; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def evaluate(model: LanguageModel, rows: Rows, max_tokens: int) -> Evaluation:
@@ -61,7 +103,7 @@ def evaluate_unless(
     max_tokens: int,
     precision: Precision = "fp32",
     world: World = ALONE,
-    call: Call | None = None,
+    sums: Sums | None = None,
 ) -> Evaluation | None:
     """Evaluate a model, or give up and return None as soon as ``stopped()`` says so.
 
@@ -73,36 +115,37 @@ def evaluate_unless(
         max_tokens: most input tokens read.
         precision: of products.
         world: the processes that share the rows; each gets the same figure.
-        call: computes summed loss and number of targets, where several processes have parts of the
-            model (``parallel.engine.Engine.loss``); None: the model does.
+        sums: computes the summed loss and how many targets are the likeliest token, where several
+            processes have parts of the model (``parallel.engine.Engine.sums``); None: one does.
     Raises:
         ConfigError: the split holds no row.
     Cost: one forward pass, saving nothing; memory for the logits of a chunk of rows, and what
         ``widened`` takes. The host waits for the device once, at the end. Compiled blocks run as
         written: they are not compiled once more for these shapes.
     """
-    device, call = next(model.parameters()).device, call or model
+    device, sums = next(model.parameters()).device, sums or Engine(model).sums
     was_training = model.training
     model.eval()
     batch_size = max(1, TOKENS_AT_ONCE // rows.sequence_length)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    num_tokens = torch.zeros((), dtype=torch.int64, device=device)
+    found = torch.zeros(2, dtype=torch.float64, device=device)
+    num_tokens = torch.zeros((), dtype=torch.int64)
     complete = True
     try:
-        with _computing(model, device, precision):
+        with computing(model, device, precision):
             for tokens, targets in _share(validation_batches(rows, batch_size, max_tokens), world):
                 if stopped():
                     complete = False
                     break
-                loss, count = call(tokens.to(device), targets.to(device))
-                loss_sum += loss
-                num_tokens += count
+                found += sums(tokens.to(device), targets.to(device))
+                num_tokens += (targets != IGNORED).sum()
     finally:
         model.train(was_training)
     if not complete:
         return None
-    total, tokens = world.sum(loss_sum).item(), int(world.sum(num_tokens).item())
-    return Evaluation(loss=total / tokens, tokens=tokens)
+    loss_sum, num_right = world.sum(found).tolist()
+    tokens = int(world.sum(num_tokens.to(device)).item())
+    num_bytes = rows.num_bytes(rows.within(max_tokens))
+    return Evaluation(loss_sum / tokens, tokens, num_right / tokens, num_bytes)
 
 
 def _share(
@@ -117,7 +160,7 @@ def _share(
 
 
 @contextlib.contextmanager
-def _computing(model: LanguageModel, device: torch.device, precision: Precision) -> Iterator[None]:
+def computing(model: LanguageModel, device: torch.device, precision: Precision) -> Iterator[None]:
     """Without gradients and as written, in a precision."""
     bf16 = precision == "bf16"
     with contextlib.ExitStack() as stack:

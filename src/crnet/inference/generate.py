@@ -8,11 +8,13 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from crnet.data.chat import Chat, stop_ids
 from crnet.data.tokenizer import Tokenizer
 from crnet.errors import ConfigError
 from crnet.inference.sampling import Sampling, sampling_problems
@@ -105,6 +107,7 @@ def generate(
     sampling: Sampling,
     eos_id: int,
     num_ids: int | None = None,
+    stops: Collection[int] = (),
 ) -> Iterator[int]:
     """Continue a prompt, one id at a time.
 
@@ -116,6 +119,7 @@ def generate(
         eos_id: end-of-text. Where it stops the text it is not handed out.
         num_ids: only ids below it are chosen (None: all): a model can have more rows in its
             embedding than the tokenizer has entries.
+        stops: ids that end the text as ``eos_id`` does.
     Returns:
         At most ``max_tokens`` ids. Nothing is computed before the first is asked for.
     Raises:
@@ -149,11 +153,11 @@ def generate(
         )
     if problems:
         raise ConfigError(problems)
-    return _generate(model, ids, sampling, eos_id, limit)
+    return _generate(model, ids, sampling, {eos_id, *stops}, limit)
 
 
 def _generate(
-    model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int, limit: int
+    model: LanguageModel, ids: list[int], sampling: Sampling, stops: set[int], limit: int
 ) -> Iterator[int]:
     generator = generator_of(sampling.seed, "sampling")
     # The last id is never read, so it needs no room.
@@ -167,7 +171,7 @@ def _generate(
             token = _likeliest(logits_V)
         else:
             token = draw(filter_logits(logits_V, sampling), generator)
-        if token == eos_id and sampling.stop_at_end:
+        if token in stops and sampling.stop_at_end:
             return
         yield token
         unread = [token] if caches else [*unread, token]
@@ -216,34 +220,44 @@ def _check_finite(are_finite: bool) -> None:
         )
 
 
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text to continue, or messages (``role``, ``content``) to answer."""
+
+
 def complete(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+    model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt, sampling: Sampling
 ) -> Iterator[str]:
-    """Continue a prompt, a piece of text at a time.
+    """Continue a prompt, or answer messages, a piece of text at a time.
 
     A token may hold a part of a character; text is handed out once later tokens cannot change it.
 
     Args:
         model: see ``generate``.
         tokenizer: the one that the model was trained with.
-        prompt: may be empty.
+        prompt: a text may be empty; messages go through the tokenizer's chat template, and an
+            answer ends where its turn does.
         sampling: how to choose, and when to stop.
     Returns:
         Pieces, none empty; joined they are what decoding adds to the decoded prompt.
     Raises:
-        ConfigError: at the call, as ``generate``; or the prompt is no text.
+        ConfigError: at the call, as ``generate`` and ``data.chat.Chat``; or the prompt is no text.
     Cost: besides ``generate``, decodes everything so far after each token, since what a token
         spells can depend on the ones before it.
     """
+    texts = [prompt] if isinstance(prompt, str) else [str(each.get("content")) for each in prompt]
     try:
-        prompt.encode()
+        "\n".join(texts).encode()
     except UnicodeEncodeError as error:  # how Python hands over an argument that is not UTF-8
         raise ConfigError(
             f"the prompt is not valid text at character {error.start + 1}; give it in UTF-8"
         ) from error
-    prompt_ids = tokenizer.encode(prompt)
-    tokens = generate(model, prompt_ids, sampling, tokenizer.eos_id, tokenizer.vocab_size)
-    return _pieces(tokenizer, prompt_ids or [tokenizer.eos_id], tokens)
+    if isinstance(prompt, str):
+        prompt_ids, stops = tokenizer.encode(prompt), ()
+    else:
+        prompt_ids, stops = Chat(tokenizer).prompt(prompt, "the prompt"), stop_ids(tokenizer)
+    size, eos_id = tokenizer.vocab_size, tokenizer.eos_id
+    tokens = generate(model, prompt_ids, sampling, eos_id, size, stops)
+    return _pieces(tokenizer, prompt_ids or [eos_id], tokens)
 
 
 def _pieces(tokenizer: Tokenizer, ids: list[int], tokens: Iterator[int]) -> Iterator[str]:

@@ -8,6 +8,9 @@ backward, with dY given, is
     dZ = dY B^T       dB = Z^T dY       dA = X^T dZ       dX = dZ A^T
     dcarry = gain dY  dgain = <dY, carry>
 
+A gain may be one number or one a column (``dgain`` is then a sum over rows). What stands between
+the two products, and what the second multiplies with, may be something else (``Inside``).
+
 and besides its inputs it keeps Z = X A alone. Refused: ``addmm(beta=gain)``, the same passes over
 memory, but the gain must then be a Python number, that is, a wait for the GPU; and working through
 the rows in chunks that fit the cache, which measured no faster (LOG.md).
@@ -22,12 +25,15 @@ Shapes: B batch, T tokens, M = B T rows, D input width, F output width, R rank.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crnet.kernels import carried_cuda
+from crnet.kernels.bottleneck import normed, normed_backward
 from crnet.kernels.partial import PartialSum
 from crnet.kernels.precision import cast, compute_dtype, scaled
 
@@ -38,41 +44,76 @@ Known = tuple[Tensor, Tensor]
 """(Z, Y) of a map whose forward has been computed before."""
 
 
+@dataclass(frozen=True)
+class Inside:
+    """What a map has between and beside its two products: ``y = gain * carry + h(Z) f(B)``."""
+
+    norm_eps: float | None = None
+    """h is RMSNorm by rows, its gains handed in beside the factors; None: h(Z) = Z."""
+    outer: Callable[[Tensor], Tensor] | None = None
+    """f: adds a constant to the outer factor, in memory of its own; None: f(B) = B."""
+
+    def latent(self, z_MR: Tensor, weight_R: Tensor | None) -> Tensor:
+        """h(Z)."""
+        return z_MR if self.norm_eps is None else normed(z_MR, weight_R, self.norm_eps)
+
+    def latent_backward(
+        self, dh_MR: Tensor, z_MR: Tensor, weight_R: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of Z and of the norm's gains."""
+        if self.norm_eps is None:
+            return dh_MR, None
+        return normed_backward(dh_MR, z_MR, weight_R, self.norm_eps)
+
+    def factor(self, b_RF: Tensor) -> Tensor:
+        """f(B)."""
+        return b_RF if self.outer is None else self.outer(b_RF)
+
+
+NOTHING = Inside()
+
+
 class _LowRank(torch.autograd.Function):
-    """``(x A) B`` and, with a carry, ``gain * carry`` below it. Saves x, Z, A, B, carry, gain."""
+    """``h(x A) f(B)`` and, with a carry, ``gain * carry`` below it.
+
+    Saves x, Z, A, B, carry, gain and the norm's gains; f(B) and h(Z) are made again.
+    """
 
     @staticmethod
-    def forward(ctx, x_BTD, a_DR, b_RF, carry_BTF, gain_1, z_MR, y_BTF, sums):
+    def forward(ctx, x_BTD, a_DR, b_RF, carry_BTF, gain_1, weight_R, z_MR, y_BTF, sums, inside):
         if y_BTF is None:
             z_MR = rows(x_BTD) @ a_DR
             if sums is not None:
                 z_MR = sums.forward(z_MR)
             carry_MF = None if carry_BTF is None else rows(carry_BTF)
-            y_BTF = unrows(_up_project(z_MR, b_RF, carry_MF, gain_1), x_BTD)
-        ctx.sums = sums
-        ctx.save_for_backward(x_BTD, z_MR, a_DR, b_RF, carry_BTF, gain_1)
+            h_MR, outer_RF = inside.latent(z_MR, weight_R), inside.factor(b_RF)
+            y_BTF = unrows(_up_project(h_MR, outer_RF, carry_MF, gain_1), x_BTD)
+        ctx.sums, ctx.inside = sums, inside
+        ctx.save_for_backward(x_BTD, z_MR, a_DR, b_RF, carry_BTF, gain_1, weight_R)
         return y_BTF
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BTF):
-        x_BTD, z_MR, a_DR, b_RF, carry_BTF, gain_1 = ctx.saved_tensors
+        x_BTD, z_MR, a_DR, b_RF, carry_BTF, gain_1, weight_R = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_carry, wants_gain = ctx.needs_input_grad[:5]
+        inside: Inside = ctx.inside
         x_MD, dy_MF = rows(x_BTD), rows(dy_BTF)
         # The elementwise passes come first, while dY is still in the cache from its producer.
         dcarry_MF, dgain = _carry_gradients(dy_MF, carry_BTF, gain_1, wants_carry, wants_gain)
         dcarry_BTF = None if dcarry_MF is None else unrows(dcarry_MF, x_BTD)
-        dgain_1 = None if dgain is None else dgain.to(gain_1.dtype).view(1)
+        dgain_1 = None if dgain is None else dgain.to(gain_1.dtype).view_as(gain_1)
         dy_MF = dy_MF.to(x_MD.dtype)
-        dx_BTD = da_DR = None
-        if wants_x or wants_a:
-            dz_MR = dy_MF @ b_RF.T
+        dx_BTD = da_DR = dweight_R = None
+        if wants_x or wants_a or ctx.needs_input_grad[5]:
+            dz_MR = dy_MF @ inside.factor(b_RF).T
             if ctx.sums is not None:
                 dz_MR = ctx.sums.backward(dz_MR)
+            dz_MR, dweight_R = inside.latent_backward(dz_MR, z_MR, weight_R)
             da_DR = x_MD.T @ dz_MR if wants_a else None
             dx_BTD = unrows(dz_MR @ a_DR.T, x_BTD) if wants_x else None
-        db_RF = z_MR.T @ dy_MF if wants_b else None
-        return dx_BTD, da_DR, db_RF, dcarry_BTF, dgain_1, None, None, None
+        db_RF = inside.latent(z_MR, weight_R).T @ dy_MF if wants_b else None
+        return dx_BTD, da_DR, db_RF, dcarry_BTF, dgain_1, dweight_R, None, None, None, None
 
 
 def _carry_gradients(
@@ -86,10 +127,23 @@ def _carry_gradients(
     if carry_BTF is None or gain_1 is None:
         return None, None
     carry_MF = rows(carry_BTF)
+    if gain_1.numel() > 1:
+        return _wide_carry_gradients(dy_MF, carry_MF, gain_1, wants_carry, wants_gain)
     if wants_carry and wants_gain and carried_cuda.takes_gradients(dy_MF):
         return carried_cuda.carry_gradients(dy_MF, carry_MF, gain_1)
     dcarry_MF = scaled(dy_MF, gain_1) if wants_carry else None
     return dcarry_MF, inner(dy_MF, carry_MF) if wants_gain else None
+
+
+def _wide_carry_gradients(
+    dy_MF: Tensor, carry_MF: Tensor, gain_F: Tensor, wants_carry: bool, wants_gain: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``gain dY`` and the sum over rows of ``dY carry``, of a gain for each column."""
+    dgain_F = None
+    if wants_gain:
+        dtype = torch.promote_types(dy_MF.dtype, torch.float32)
+        dgain_F = (dy_MF * carry_MF).sum(0, dtype=dtype)
+    return scaled(dy_MF, gain_F) if wants_carry else None, dgain_F
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
@@ -127,18 +181,23 @@ def carried_lowrank(
     carry_dtype: torch.dtype | None = None,
     known: Known | None = None,
     sums: PartialSum | None = None,
+    weight_R: Tensor | None = None,
+    inside: Inside = NOTHING,
 ) -> Tensor:
-    """Return ``gain * carry + (x A) B``.
+    """Return ``gain * carry + (x A) B``, or ``gain * carry + h(x A) f(B)`` (``inside``).
 
     Args:
         x_BTD: input of the map.
         a_DR, b_RF: the factors; cast to the compute dtype.
         carry_BTF: the same map's output one block below; cast to ``carry_dtype``.
-        gain_1: ``sign(beta) (|beta| + eps)``, shape (1,); in fp32 it is multiplied in fp32.
+        gain_1: ``sign(beta) (|beta| + eps)``, shape (1,), or (F,): one a column; in fp32 it is
+            multiplied in fp32.
         carry_dtype: of the sum and the result; None: the compute dtype (autocast's where it is on,
             else that of ``x_BTD``).
         known: Z and the result, where a recomputation has them: only the graph is made.
         sums: where this is a part of the map: over Z, or dZ, of the other parts.
+        weight_R: the gains of the norm at the bottleneck, where it has any.
+        inside: what stands between the products.
     Returns:
         (B, T, F) in ``carry_dtype``.
     Raises:
@@ -158,7 +217,43 @@ def carried_lowrank(
             f"B {tuple(b_RF.shape)}, carry {tuple(carry_BTF.shape)} (wanted {wanted})"
         )
     dtype = carry_dtype or compute_dtype(x_BTD)
-    return _apply(x_BTD, a_DR, b_RF, carry_BTF.to(dtype), gain_1, known, sums)
+    more = (weight_R, known, sums, inside)
+    return _apply(x_BTD, a_DR, b_RF, carry_BTF.to(dtype), gain_1, *more)
+
+
+class _CarriedOutput(torch.autograd.Function):
+    """``gain * carry + y``. Saves carry and gain."""
+
+    @staticmethod
+    def forward(ctx, y_BTF, carry_BTF, gain_1):
+        ctx.save_for_backward(carry_BTF, gain_1)
+        ctx.dtype = y_BTF.dtype
+        return scaled(carry_BTF, gain_1).add_(y_BTF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BTF):
+        carry_BTF, gain_1 = ctx.saved_tensors
+        _, wants_carry, wants_gain = ctx.needs_input_grad
+        dy_MF = rows(dy_BTF)
+        dcarry_MF, dgain = _carry_gradients(dy_MF, carry_BTF, gain_1, wants_carry, wants_gain)
+        dcarry_BTF = None if dcarry_MF is None else unrows(dcarry_MF, dy_BTF)
+        dgain_1 = None if dgain is None else dgain.to(gain_1.dtype).view(1)
+        return dy_BTF.to(ctx.dtype), dcarry_BTF, dgain_1
+
+
+def carried_output(
+    y_BTF: Tensor, carry_BTF: Tensor, gain_1: Tensor, carry_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return ``gain * carry + y``: what an operator of several maps gives, added to its carry.
+
+    Args:
+        y_BTF, carry_BTF: of one shape; the carry is cast to ``carry_dtype``.
+        gain_1, carry_dtype: as in ``carried_lowrank``.
+    Returns: (B, T, F) in ``carry_dtype``.
+    Cost: keeps the carry. Source: arXiv:2509.18993, E.3.
+    """
+    return _CarriedOutput.apply(y_BTF, carry_BTF.to(carry_dtype or y_BTF.dtype), gain_1)
 
 
 def low_rank(
@@ -167,15 +262,18 @@ def low_rank(
     b_RF: Tensor,
     known: Known | None = None,
     sums: PartialSum | None = None,
+    weight_R: Tensor | None = None,
+    inside: Inside = NOTHING,
 ) -> Tensor:
     """Return ``(x A) B``: ``carried_lowrank`` without a carry."""
-    return _apply(x_BTD, a_DR, b_RF, None, None, known, sums)
+    return _apply(x_BTD, a_DR, b_RF, None, None, weight_R, known, sums, inside)
 
 
-def _apply(x_BTD, a_DR, b_RF, carry_BTF, gain_1, known: Known | None, sums) -> Tensor:
+def _apply(x_BTD, a_DR, b_RF, carry_BTF, gain_1, weight_R, known, sums, inside) -> Tensor:
     x, a_DR, b_RF = cast(x_BTD, a_DR, b_RF)
     z_MR, y_BTF = (rows(known[0]), known[1]) if known else (None, None)
-    return _LowRank.apply(x, a_DR, b_RF, carry_BTF, gain_1, z_MR, y_BTF, sums)
+    more = (weight_R, z_MR, y_BTF, sums, inside)
+    return _LowRank.apply(x, a_DR, b_RF, carry_BTF, gain_1, *more)
 
 
 def rows(x_BTD: Tensor) -> Tensor:
@@ -212,7 +310,7 @@ def up_project(
     dtype = carry_dtype or z_BTR.dtype
     carry_MF = None if carry_BTF is None else rows(carry_BTF.to(dtype))
     y_MF = _up_project(rows(z_BTR), b_RF.to(z_BTR.dtype), carry_MF, gain_1)
-    return y_MF.view(*z_BTR.shape[:-1], -1)
+    return unrows(y_MF, z_BTR)
 
 
 def carry_from(y_BTF: Tensor, z_BTR: Tensor, b_RF: Tensor, gain_1: Tensor) -> Tensor:

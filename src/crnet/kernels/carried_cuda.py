@@ -82,7 +82,7 @@ def up_project(z_MR: Tensor, b_RF: Tensor, carry_MF: Tensor, gain_1: Tensor) -> 
     Without the kernel, as plain operations: in a compiled block they fuse with what reads Y, which
     ``addmm`` would not (it copies the carry first); a product for a wider carry is not rounded.
     """
-    if takes_kernel(z_MR):
+    if takes_kernel(z_MR) and gain_1.numel() == 1:
         return torch.ops.crnet_kernels.carried_up(z_MR, b_RF, carry_MF, gain_1)
     y_MF = scaled(carry_MF, gain_1)
     if torch.compiler.is_compiling() and y_MF.dtype == z_MR.dtype:

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 _casts: dict[int, tuple[Tensor, Tensor]] | None = None
 """By identity of a weight: the weight (held, so that no other takes its identity) and its cast."""
 
+_noted: dict[int, Tensor] | None = None
+"""By the address of their memory: casts of weights, held, so that no other takes their address."""
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype autocast would compute a product with ``x`` in; ``x.dtype`` without autocast."""
@@ -31,7 +34,16 @@ def cast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     Cost: none where they are in it already.
     """
     dtype = compute_dtype(x)
-    return x.to(dtype), *(_cast(weight, dtype) for weight in weights)
+    return x.to(dtype), *(_noted_cast(weight, dtype) for weight in weights)
+
+
+def _noted_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    found = _cast(weight, dtype)
+    if torch.compiler.is_compiling() or _noted is None:
+        return found
+    if isinstance(weight, torch.nn.Parameter):  # a carry is cast here too
+        _noted[found.untyped_storage().data_ptr()] = found
+    return found
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,11 +99,26 @@ def casts_kept() -> Iterator[None]:
         _casts = before
 
 
+@contextlib.contextmanager
+def casts_noted() -> Iterator[dict[int, Tensor]]:
+    """Meanwhile the casts that ``cast`` makes of weights are noted, and held; yields the note, by
+    the address of their memory."""
+    global _noted
+    before, _noted = _noted, {}
+    try:
+        yield _noted
+    finally:
+        _noted = before
+
+
 def scaled(tensor: Tensor, gain_1: Tensor) -> Tensor:
-    """``gain * tensor`` in the dtype of the tensor, rounded once: a gain in fp32 stays so."""
+    """``gain * tensor`` in the dtype of the tensor, rounded once: a gain in fp32 stays so.
+
+    ``gain_1``: one number, or one a column.
+    """
     if tensor.dtype == gain_1.dtype:
         return tensor * gain_1
-    if tensor.device.type == "cpu":
+    if tensor.device.type == "cpu" and gain_1.numel() == 1:
         return tensor * gain_1.view(())  # torch's CPU kernels take a number as it is
     if torch.compiler.is_compiling():
         return (tensor * gain_1).to(tensor.dtype)

@@ -9,6 +9,7 @@ reads an earlier block.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,14 +26,16 @@ class Block(nn.Module):
     """One block of a model; an architecture says what its sublayers are.
 
     Attributes, set by ``prepare``:
-        maps: the linear map of each position.
         reads: by position, which earlier block hands it a carry (``below`` or ``first``).
         hands: positions whose hand-on a later block reads; returned behind the state.
         writes: whose output each sublayer writes.
         streams: one a sublayer: ``read(state)`` and ``write(state, y)``.
+        as_map: how a module that somebody put in a map's place is called as one,
+            ``as_map(module, is_read)``; None: nobody does (``adapters``).
     """
 
-    maps: Mapping[str, Any]
+    as_map: Any = None
+
     reads: Mapping[str, str]
     hands: tuple[str, ...]
     writes: tuple[str, ...]
@@ -49,13 +52,29 @@ class Block(nn.Module):
         hands: Sequence[str],
     ) -> None:
         """Take the maps, each at its path, and the stream's modules."""
+        self._places: dict[str, tuple[nn.Module, str]] = {}
         for position, path in paths.items():
             parent, _, name = path.rpartition(".")
+            self._places[position] = self.get_submodule(parent), name
             self.get_submodule(parent).add_module(name, maps[position])
         self.streams = nn.ModuleList(streams)
         self.layer_idx = layer_idx
-        self.maps, self.reads = dict(maps), dict(reads)
+        self.reads = dict(reads)
         self.writes, self.hands = tuple(writes), tuple(hands)
+
+    @property
+    def maps(self) -> Mapping[str, Any]:
+        """The linear map of each position: the module that is at its path now."""
+        found = {position: getattr(*place) for position, place in self._places.items()}
+        if self.as_map is None:
+            return found
+        return {name: self.as_map(each, name in self.hands) for name, each in found.items()}
+
+    def read_parameters(self) -> list[Tensor]:
+        """Its own parameters, and those that its maps share with other blocks."""
+        holders = [linear.shared for linear in self.maps.values()]
+        shared = [each.parameters() for each in holders if each is not None]
+        return [*self.parameters(), *itertools.chain(*shared)]
 
     def around(self) -> list[Any]:
         """The stream's module around each sublayer."""

@@ -65,9 +65,15 @@ def all_or_none(caches: Sequence[LayerCache]) -> Iterator[None]:
         raise
 
 
-def causal_mask(num_new: int, num_seen: int, device: torch.device) -> Tensor | None:
-    """True where new token i may look at token j, shape (T, S); None where it may look at all."""
-    if num_new == 1:
+def causal_mask(
+    num_new: int, num_seen: int, device: torch.device, window: int | None = None
+) -> Tensor | None:
+    """True where new token i may look at token j, shape (T, S); None where it may look at all.
+
+    ``window``: so many tokens it may look at, itself among them; None: all before it.
+    """
+    if num_new == 1 and window is None:
         return None
     mask = torch.ones(num_new, num_seen, dtype=torch.bool, device=device)
-    return mask.tril(num_seen - num_new)
+    mask = mask.tril(num_seen - num_new)
+    return mask if window is None else mask.triu(num_seen - num_new - window + 1)

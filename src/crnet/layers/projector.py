@@ -53,4 +53,5 @@ def refuse_second(position: str, answered: Container[str]) -> None:
 
 def with_bias(linear: Any, output: Tensor) -> Tensor:
     """The output plus the bias of the map's position, where it has one."""
-    return output if linear.bias is None else output + linear.bias.to(output.dtype)
+    bias = linear.bias_to_add()
+    return output if bias is None else output + bias.to(output.dtype)

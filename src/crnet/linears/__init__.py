@@ -35,12 +35,31 @@ class Parameterization:
     examples: tuple[Any, ...] = ()
     """More ``Options`` that the contract is checked with (``measure.contract``)."""
     published_ranks: Mapping[str, Mapping[tuple[int, int], str]] = {}
-    """``aligned-parameters`` ...: (hidden_size, num_layers) -> schedule, from a published table."""
+    """A word of ``--model.rank``: (hidden_size, num_layers) -> schedule, as published."""
     has_ranks: bool = True
     """Whether ``--model.rank`` has an effect."""
+    takes_dense: bool = False
+    """Whether a map can begin as any matrix: ``from_dense``."""
+    looks: bool = False
+    """Whether maps look at what they read of the first rows of the first batch, before the events
+    of step 0 (``LinearMap.look``)."""
     pads: bool = False
     """Whether a map may be stored wider, its tensors filled up with zeros: an input of 0 and a
     gradient of 0 leave the zeros as they are, and no number is drawn by a tensor's shape."""
+
+    def can_pad(self, options: Any) -> bool:
+        """``pads``, where an option decides."""
+        return self.pads
+
+    def of(self, slot: Slot) -> Parameterization:
+        """Who answers for a slot: this method, or ``operator`` for the output of an operator."""
+        return self.operator() if slot.is_operator else self
+
+    def operator(self) -> Parameterization:
+        """Answers for the output of an operator of several maps (``specs.Position.is_operator``).
+        The maps of its experts read nothing: what an expert of an earlier block handed on is of
+        other tokens. By default the output is handed on as it is."""
+        return UNCHANGED
 
     def problems(self, options: Any, slots: Sequence[Slot]) -> list[str]:
         """What is wrong with options and slots, one sentence each, with the mend."""
@@ -53,6 +72,11 @@ class Parameterization:
     def tensors(self, slot: Slot, options: Any) -> dict[str, TensorSpec]:
         """The parameters of a slot's map, by their name there."""
         raise NotImplementedError
+
+    def shared(self, slot: Slot, options: Any) -> dict[str, TensorSpec]:
+        """Parameters that the maps of a position share, the same for every block: the model has
+        them once (``ModelSpec.shared_name``), and a map finds them in ``LinearMap.shared``."""
+        return {}
 
     def work(self, slot: Slot, options: Any, rows: int, item_bytes: int) -> Work:
         """What a slot's map does with so many rows, items of the compute dtype so wide."""
@@ -80,6 +104,22 @@ class Parameterization:
         """What is due once ``step`` optimizer steps are done: a pure function of the step."""
         return ()
 
+    def has_events(self, options: Any) -> bool:
+        """Whether anything is ever due."""
+        return type(self).events is not Parameterization.events
+
+    def compares_moments(self, options: Any) -> bool:
+        """Whether an event keeps the largest moments (``specs.Forget``), so that they must be
+        numbers (``OptimizerMethod.has_codes``)."""
+        return False
+
+    def from_dense(
+        self, slot: Slot, options: Any, weight_FD: Tensor, values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors, fp32 on the CPU, of a map that multiplies with this matrix, for a run that
+        begins with full-rank weights (``takes_dense``). ``values``: its initial ones."""
+        raise NotImplementedError
+
     def initial_value(
         self, name: str, slot: Slot, options: Any, generator: Callable[[str], Generator]
     ) -> Tensor:
@@ -92,6 +132,24 @@ class Parameterization:
     def make(self, slot: Slot, options: Any) -> LinearMap:
         """The module, its parameters registered from ``tensors`` and not yet filled."""
         raise NotImplementedError
+
+
+class _Unchanged(Parameterization):
+    """The output of an operator as it is: no tensor, no product."""
+
+    def tensors(self, slot, options):
+        return {}
+
+    def work(self, slot, options, rows, item_bytes):
+        return Work(0, 0, 0, keeps_input=False)
+
+    def make(self, slot, options):
+        from crnet.linears._maps import SameMap
+
+        return SameMap({})
+
+
+UNCHANGED = _Unchanged()
 
 
 def names() -> list[str]:
@@ -123,16 +181,14 @@ def make_slots(
         rank,
         num_blocks=len(scheduled),
         hidden_size=shape.hidden_size,
-        published={
-            word: table[key] for word, table in method.published_ranks.items() if key in table
-        },
-        positions=tuple(position.name for position in positions),
+        published={word: table.get(key) for word, table in method.published_ranks.items()},
+        positions=tuple(dict.fromkeys(each.kind for each in positions if not each.is_operator)),
     )
     ranks = {idx: iter_idx for iter_idx, idx in enumerate(scheduled)}
 
-    def rank_of(position: str, layer_idx: int) -> int:
-        given = fixed[layer_idx]
-        return schedules[position][ranks[layer_idx]] if given is None else given
+    def rank_of(position: Position, layer_idx: int) -> int:
+        given = 0 if position.is_operator else fixed[layer_idx]
+        return schedules[position.kind][ranks[layer_idx]] if given is None else given
 
     return tuple(
         tuple(
@@ -142,8 +198,11 @@ def make_slots(
                 shape.num_layers,
                 position.in_size,
                 position.out_size,
-                rank_of(position.name, layer_idx),
+                rank_of(position, layer_idx),
                 shape.init_std,
+                position.head_size,
+                position.expert,
+                position.is_operator,
             )
             for position in positions
         )
@@ -156,11 +215,12 @@ def parse_ranks(
     *,
     num_blocks: int,
     hidden_size: int,
-    published: Mapping[str, str],
+    published: Mapping[str, str | None],
     positions: Sequence[str],
 ) -> dict[str, list[int]]:
     """Read a rank schedule: ``96``, ``96x3,112x4``, ``0.25h``, ``96x7/v=128x7``, a table's name.
 
+    ``published``: schedules by their word; None where that word has none for this shape.
     Returns: position -> one rank per block that the schedule speaks of, bottom first.
     Raises:
         ValueError: unreadable, a rank below 1, or not one rank per block.
@@ -168,13 +228,13 @@ def parse_ranks(
     if num_blocks <= 0:
         return {position: [] for position in positions}
     common, *apart = text.split("/")
-    if common.startswith("aligned-"):
-        if common not in published:
+    if common in published or common.startswith("aligned-"):
+        if (schedule := published.get(common)) is None:
             raise ValueError(
                 f"--model.rank {common}: no published table gives ranks of this shape; "
                 "give numbers, for example 0.25h or 96x3,112x4"
             )
-        common = published[common]
+        common = schedule
     schedules = {
         position: _parse_schedule(common, num_blocks, hidden_size) for position in positions
     }

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from fractions import Fraction
 from typing import Literal
 
-from crnet.specs import OWN, Init, Product, Slot, TensorSpec, Traffic, Work, constant, normal
+from crnet.specs import (
+    OWN,
+    Init,
+    Passes,
+    Product,
+    Slot,
+    TensorSpec,
+    Traffic,
+    Work,
+    constant,
+    normal,
+)
 
 FactorInit = Literal["balanced", "zero-b", "spectral"]
 
@@ -75,6 +89,15 @@ def pair(slot: Slot, init_a: Init, init_b: Init, lr_factor: float = 1.0) -> dict
     }
 
 
+def by_both_widths(slot: Slot, lr_factor: float) -> dict[str, TensorSpec]:
+    """A pair of standard deviation R^(-1/4) (D + F)^(-1/4) each: an item of A B has (D + F)^(-1/2).
+
+    Source: CoLA, official code; DLR's has the same.
+    """
+    init = normal((slot.rank * (slot.in_size + slot.out_size)) ** -0.25)
+    return pair(slot, init, init, lr_factor)
+
+
 def factor_products(slot: Slot, rows: int) -> tuple[Product, ...]:
     """``x A`` and the bottleneck by ``B``."""
     return (
@@ -101,10 +124,24 @@ def factors_work(slot: Slot, rows: int, item_bytes: int, gain_bytes: int = 0) ->
         backward_flops=4 * rows * items,
         weight_items=items,
         kept_bytes=rows * slot.rank * item_bytes + gain_bytes,
+        kept_items=(rows * slot.rank,),
         bottleneck_bytes=rows * slot.rank * item_bytes,
         rebuild_flops=2 * rows * slot.rank * slot.out_size,
         products=factor_products(slot, rows),
         backward_products=factor_backward(slot, rows),
+    )
+
+
+def activated_work(slot: Slot, rows: int, item_bytes: int) -> Work:
+    """Of ``silu(x A) B`` whose bottleneck ``x A`` is kept."""
+    activated = rows * slot.rank * item_bytes
+    silu = Traffic(5 * activated, 2)
+    return dataclasses.replace(
+        factors_work(slot, rows, item_bytes),
+        transient_bytes=activated,
+        passes=Passes(Traffic(2 * activated, 1), Traffic(2 * activated, 1)),
+        # SiLU once more, and its slope.
+        backward_passes=Passes(silu, silu, Traffic(3 * activated, 1)),
     )
 
 
@@ -115,6 +152,11 @@ def inner_passes(items: int, item_bytes: int) -> Traffic:
         if item_bytes == 4
         else Traffic(4 * items * item_bytes, 3)
     )
+
+
+def share(frac: float, items: int) -> int:
+    """``floor(frac items)`` of the decimal that was written: 0.29 of 100 items are 29."""
+    return math.floor(Fraction(str(frac)) * items)
 
 
 def above_zero(method: str, **values: float) -> list[str]:

@@ -1,4 +1,8 @@
-"""Full rank: every map is a dense matrix. The baseline of every comparison."""
+"""Full rank: every map is a dense matrix, ``y = x W^T``. The baseline of every comparison.
+
+Source: Touvron et al. 2023 (arXiv:2302.13971); sizes and initial values are those of GaLore's code
+at 2cc66f8, N(0, 0.02^2) in every matrix.
+"""
 
 from __future__ import annotations
 

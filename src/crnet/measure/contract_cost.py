@@ -13,7 +13,7 @@ from crnet.config.check import policy_problem
 from crnet.cost.flops import block_flops
 from crnet.cost.kept import kept_bytes
 from crnet.cost.micro_batch import MicroBatch, Precision
-from crnet.cost.plan_choice import usual_plan
+from crnet.cost.plan_choice import policies, usual_plan
 from crnet.measure.examples import Example, batch, train
 from crnet.measure.memory import saved_bytes
 from crnet.model.language_model import LanguageModel
@@ -27,6 +27,12 @@ def plans(micro_batch: MicroBatch) -> Iterator[RecomputePlan]:
             yield usual_plan(micro_batch, policy)
             if policy in ("replay", "invert"):
                 yield RecomputePlan(policy, (2,), keep_attention=True)
+
+
+def packed_plans(micro_batch: MicroBatch) -> Iterator[RecomputePlan]:
+    """A plan of every policy under which the model may keep activations as NF4 codes."""
+    for policy in policies(micro_batch, "nf4"):
+        yield RecomputePlan(policy, (2,) if policy == "replay" else (), keep_as="nf4")
 
 
 def _cases(
@@ -44,9 +50,9 @@ def _autocast(precision: str) -> torch.autocast:
 def check_kept_bytes(example: Example) -> Iterator[str]:
     """What a step keeps under every policy and precision is what the declarations add up to."""
     for micro_batch, model, precision in _cases(example, ("fp32", "bf16", "bf16-mixed")):
-        for plan in plans(micro_batch):
+        for plan in (*plans(micro_batch), *packed_plans(micro_batch)):
             model.recompute(plan)
-            with _autocast(precision):
+            with _autocast(precision), model.fixed_weights():
                 counted = saved_bytes(model, *batch())
             declared = sum(kept_bytes(micro_batch, plan).values())
             if counted != declared:
@@ -116,4 +122,5 @@ def _differences(
 
 def _name(plan: RecomputePlan, precision: str) -> str:
     attention = ", attention kept" if plan.keep_attention else ""
+    attention += f", kept as {plan.keep_as}" if plan.is_packed else ""
     return f"recompute {plan.policy}{attention}, {precision}"

@@ -27,9 +27,9 @@ def saved_bytes(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            # The tensor is held, or its address could be given to another one meanwhile.
-            seen[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
+            # The memory is held, or its address could be given to another tensor meanwhile.
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor.detach())
+        return tensor.detach()  # with its node, a node that keeps its own output would never go
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss_sum, _ = model(tokens_BT, targets_BT)

@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crnet import optimizers
 from crnet.config.sections import options_of, settings_of
-from crnet.cost.parameters import num_parameters, terms
+from crnet.cost.parameters import ACTIVE, num_parameters, terms
 from crnet.cost.table import CostRow, make_rows, plans
 from crnet.cost.workload import Workload
+from crnet.errors import ConfigError
 from crnet.kernels.carried_cuda import FLOPS
 from crnet.measure.memory import peak_bytes, saved_bytes
 from crnet.measure.traffic import without_memory
@@ -45,8 +46,15 @@ def measured(
         device: where.
         seed: of weights and tokens.
         rounds: steps that are timed, after one that is not; their median is reported.
+    Raises:
+        ConfigError: the run trains an adapter, which the predictions leave out.
     Cost: a model, its gradients and optimizer state; a handful of micro-batches a policy.
     """
+    if work.spec.adapter is not None:
+        raise ConfigError(
+            "--train.adapter: there is no prediction to measure, the cost model leaves an adapter "
+            "out; leave it out too, or read peak_bytes of the run's metrics.jsonl"
+        )
     return Probe(work, device, seed=seed, rounds=rounds).rows()
 
 
@@ -101,8 +109,8 @@ class Probe:
 
     def parameters(self) -> dict[str, int]:
         """By term."""
-        counts = dict.fromkeys(num_parameters(self.work.spec), 0)
         term_of = terms(self.work.spec)
+        counts = {term: 0 for term in num_parameters(self.work.spec) if term != ACTIVE}
         for name, parameter in self.model.named_parameters():
             counts[term_of[name]] += parameter.numel()
         return counts | {"total": sum(p.numel() for p in self.model.parameters())}
@@ -121,13 +129,17 @@ class Probe:
 
     def kept(self, plan: RecomputePlan) -> int:
         self.model.recompute(plan)
-        with self.autocast():
+        with self.autocast(), self.model.fixed_weights():
             return saved_bytes(self.model, self.tokens, self.targets)
 
     def peak(self, plan: RecomputePlan) -> int:
         """Of a micro-batch whose gradients add to those that are there; tokens included."""
         self.model.recompute(plan)
-        run: Callable[[], None] = lambda: self.forward().backward()  # noqa: E731
+
+        def run() -> None:
+            with self.model.fixed_weights():
+                self.forward().backward()
+
         run()
         return peak_bytes(run, self.device) + _bytes(self.tokens)
 
@@ -162,10 +174,10 @@ class Probe:
         return blocks, both - blocks
 
     def backward_flops(self, plan: RecomputePlan) -> int:
-        """``replay`` and ``invert`` look at values, so one and two rows are run; FLOPs grow by the
-        same with every row."""
+        """``replay`` and ``invert``, and what packs, look at values, so one and two rows are run;
+        FLOPs grow by the same with every row."""
         count = self.micro_batch.sequences
-        if plan.policy in ("none", "block"):
+        if plan.policy in ("none", "block") and not plan.is_packed:
             return without_memory(partial(self._backward, plan), self.micro_batch)
         rows = [self._backward(plan, self.model, self.tokens[:n]) for n in (1, 2)]
         return rows[0] + (count - 1) * (rows[-1] - rows[0])

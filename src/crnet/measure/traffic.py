@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from crnet.cost.micro_batch import MicroBatch
 from crnet.layers import attention
+from crnet.model.build import set_dtype
 from crnet.model.language_model import LanguageModel
 from crnet.specs import Traffic
 
@@ -87,12 +88,12 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _without_tables() -> Iterator[None]:
-    """Rotary tables are cached: none with memory comes in, none without goes out."""
-    attention._angles.cache_clear()
+    """Rotary tables and masks are cached: none with memory comes in, none without goes out."""
+    attention.forget_tables()
     try:
         yield
     finally:
-        attention._angles.cache_clear()
+        attention.forget_tables()
 
 
 def without_memory(run: Callable[[LanguageModel, Tensor], Any], micro_batch: MicroBatch) -> Any:
@@ -104,12 +105,7 @@ def without_memory(run: Callable[[LanguageModel, Tensor], Any], micro_batch: Mic
     dtype = torch.bfloat16 if micro_batch.precision == "bf16" else torch.float32
     with _without_tables(), FakeTensorMode():
         model = LanguageModel(micro_batch.spec)
-        for module in model.modules():
-            for name, old in module._parameters.items():
-                if old is not None and old.dtype == torch.float32:
-                    new = torch.empty(old.shape, dtype=dtype)
-                    module._parameters[name] = nn.Parameter(new, old.requires_grad)
-        model.tie_head()
+        set_dtype(model, dtype)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)

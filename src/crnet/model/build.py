@@ -113,16 +113,15 @@ def initial_values(spec: ModelSpec, seed: int) -> Iterator[tuple[str, Tensor]]:
     numbers hang on no order. Cost: 0.1 billion numbers a second and core; as many tensors as
     threads and one more are held.
     """
-    owners = {spec.map_name(slot): slot for block in spec.slots for slot in block}
     workers = min(torch.get_num_threads(), MOST_THREADS)
     if workers == 1:
-        yield from ((name, _initial_value(spec, seed, name, owners)) for name in spec.tensors)
+        yield from ((name, initial_value(spec, seed, name)) for name in spec.tensors)
         return
     ahead: deque[tuple[str, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for name in spec.tensors:
-                ahead.append((name, pool.submit(_initial_value, spec, seed, name, owners)))
+                ahead.append((name, pool.submit(initial_value, spec, seed, name)))
                 if len(ahead) > workers:
                     yield _first(ahead)
             while ahead:
@@ -131,12 +130,19 @@ def initial_values(spec: ModelSpec, seed: int) -> Iterator[tuple[str, Tensor]]:
             pool.shutdown(cancel_futures=True)
 
 
+def map_values(spec: ModelSpec, seed: int, slot: Slot) -> dict[str, Tensor]:
+    """The values of ``initial_values`` of one map, by their names in it."""
+    owner = spec.map_name(slot)
+    return {name: initial_value(spec, seed, f"{owner}.{name}") for name in spec.map_tensors(slot)}
+
+
 def _first(ahead: deque[tuple[str, Future[Tensor]]]) -> tuple[str, Tensor]:
     name, value = ahead.popleft()
     return name, value.result()
 
 
-def _initial_value(spec: ModelSpec, seed: int, name: str, owners: Mapping[str, Slot]) -> Tensor:
+def initial_value(spec: ModelSpec, seed: int, name: str) -> Tensor:
+    """Of one tensor, by its full name, as ``initial_values`` has it."""
     tensor = spec.tensors[name]
     if tensor.init.kind != "own":
         return _drawn(tensor, generator_of(seed, name))
@@ -145,7 +151,8 @@ def _initial_value(spec: ModelSpec, seed: int, name: str, owners: Mapping[str, S
     def generator(word: str) -> torch.Generator:
         return generator_of(seed, owner, word)
 
-    value = spec.linear.initial_value(own_name, owners[owner], spec.linear_options, generator)
+    slot = spec.slot_of[owner]
+    value = spec.linear.initial_value(own_name, slot, spec.linear_options, generator)
     assert tuple(value.shape) == tensor.shape, f"{name}: {tuple(value.shape)}"
     return value
 

@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from crnet.config.model_spec import ModelSpec
-from crnet.kernels.loss import IGNORED, linear_cross_entropy
+from crnet.kernels.loss import IGNORED, Scores, linear_cross_entropy, target_scores
 from crnet.kernels.precision import casts_kept
 from crnet.layers.block import Block, State, run_blocks
 from crnet.layers.cache import LayerCache, all_or_none
 from crnet.layers.compiled_blocks import CompiledForward
+from crnet.layers.experts import Uneven
+from crnet.linears._maps import SharedTensors
 from crnet.model.seeds import generator_of
 from crnet.recompute.engine import Recomputation
 from crnet.recompute.plan import Added, RecomputePlan
@@ -43,44 +46,75 @@ def plainly(_: nn.Module) -> contextlib.AbstractContextManager[None]:
 class Backbone(nn.Module):
     """Embedding, blocks and the last norm."""
 
+    layers: nn.ModuleList
+    last_read: Any
+    norm: Any
+
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.spec = spec
         self.runner: Runner = run_blocks
-        architecture, options = spec.architecture, spec.architecture_options
-        for name, module in architecture.make_outside(spec.shape, options).items():
+        for name, module in make_parts(spec).items():
             self.add_module(name, module)
-        self.layers = nn.ModuleList(_make_block(spec, idx) for idx in range(spec.num_layers))
-        self.last_read = _make_stream(spec, spec.num_sublayers)
 
-    def forward(self, tokens_BT: Tensor, caches: Sequence[LayerCache] | None = None) -> Tensor:
-        """Return the normed stream after the last block, (B, T, D)."""
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        caches: Sequence[LayerCache] | None = None,
+        uneven: Uneven | None = None,
+    ) -> Tensor:
+        """Return the normed stream after the last block, (B, T, D).
+
+        ``uneven``: is told how uneven the experts of each block are.
+        """
         architecture, options = self.spec.architecture, self.spec.architecture_options
         start = caches[0].length if caches else 0
         x_BTD = architecture.embed(self, tokens_BT, start)
         length, device = tokens_BT.shape[1], x_BTD.device
         context = architecture.context(self.spec.shape, options, start, length, device, caches)
+        if uneven is not None:
+            context = dataclasses.replace(context, uneven=uneven)
         plain = caches is not None or not torch.is_grad_enabled()
         runner = run_blocks if plain else self.runner
         state = runner(self.blocks(), (x_BTD,), context)
         del x_BTD
-        return self.norm(self.last_read.read(state))  # type: ignore[operator]
+        return self.norm(self.last_read.read(state))
 
     def blocks(self) -> list[Block]:
         """The blocks, bottom first."""
-        found = [block for block in self.layers if isinstance(block, Block)]
-        assert len(found) == len(self.layers), "a wrapped block would be passed over"
-        return found
+        return blocks_of(self.layers)
 
 
-def _make_block(spec: ModelSpec, layer_idx: int) -> Block:
+def make_parts(spec: ModelSpec) -> dict[str, nn.Module]:
+    """The modules of a backbone by their names under ``model``."""
+    architecture, options = spec.architecture, spec.architecture_options
+    found = dict(architecture.make_outside(spec.shape, options))
+    tensors = {slot.position: spec.shared_tensors(slot) for slot in spec.stored_slots[0]}
+    shared = {name: SharedTensors(each) for name, each in tensors.items() if each}
+    if shared:
+        found["shared_tensors"] = nn.ModuleDict(shared)
+    blocks = (_make_block(spec, idx, shared) for idx in range(spec.num_layers))
+    found["layers"] = nn.ModuleList(blocks)
+    return found | {"last_read": _make_stream(spec, spec.num_sublayers)}
+
+
+def blocks_of(layers: nn.ModuleList) -> list[Block]:
+    """The blocks of a backbone, bottom first."""
+    found = [block for block in layers if isinstance(block, Block)]
+    assert len(found) == len(layers), "a wrapped block would be passed over"
+    return found
+
+
+def _make_block(spec: ModelSpec, layer_idx: int, shared: Mapping[str, SharedTensors]) -> Block:
     linear, options = spec.linear, spec.linear_options
     block = spec.architecture.make_block(
         spec.shape, spec.architecture_options, layer_idx, spec.keeps_activation
     )
     maps = {}
     for slot in spec.stored_slots[layer_idx]:
-        maps[slot.position] = made = linear.make(slot, options)
+        maps[slot.position] = made = linear.of(slot).make(slot, options)
+        if slot.position in shared:
+            made.share(shared[slot.position])
         if "bias" in (tensors := spec.map_tensors(slot)):
             made.bias = nn.Parameter(torch.empty(tensors["bias"].shape))
     reads = {name: read.source for name, read in spec.reads[layer_idx].items()}
@@ -123,11 +157,25 @@ class LanguageModel(nn.Module):
             (0-d loss in nats, fp32 or better; 0-d int64 count). Sums, not means: they add up over
             micro-batches and ranks whatever the padding.
         """
-        x_BTD = self.model(tokens_BT)
+        factor = self.spec.architecture.balance_factor(self.spec.architecture_options)
+        uneven = Uneven() if factor and torch.is_grad_enabled() else None
+        x_BTD = self.model(tokens_BT, uneven=uneven)
         loss_sum = linear_cross_entropy(
             x_BTD.reshape(-1, x_BTD.shape[-1]), self.lm_head.weight, targets_BT.reshape(-1)
         )
+        if uneven is not None:
+            loss_sum = uneven.in_gradient(loss_sum, factor)
         return loss_sum, (targets_BT != IGNORED).sum()
+
+    def scores(self, tokens_BT: Tensor, targets_BT: Tensor) -> Scores:
+        """Score every target, without gradients. Arguments: those of ``forward``.
+
+        Returns: ``kernels.loss.Scores`` of the B T positions, row after row.
+        """
+        with torch.no_grad():
+            x_BTD = self.model(tokens_BT)
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        return target_scores(x_MD, self.lm_head.weight, targets_BT.reshape(-1))
 
     def logits(
         self,
@@ -184,7 +232,7 @@ class LanguageModel(nn.Module):
         """Keep for the backward pass what ``plan`` says, from now on."""
         self._plan = plan
         plain = functools.partial(run_blocks, run=self._run)
-        self.model.runner = plain if plan.policy == "none" else Recomputation(plan, self._run)
+        self.model.runner = plain if plan.is_plain else Recomputation(plan, self._run)
 
     def fixed_weights(self) -> contextlib.AbstractContextManager[None]:
         """Around the micro-batches of a step: nobody changes a weight meanwhile.
@@ -204,6 +252,17 @@ class LanguageModel(nn.Module):
         """Whether the parameterization has something due after ``step`` optimizer steps."""
         return bool(list(self.spec.linear.events(step, self.spec.linear_options)))
 
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Meanwhile every map looks at what it reads (``LinearMap.look``)."""
+        maps = [each for block in self.model.blocks() for each in block.maps.values()]
+        handles = [each.register_forward_pre_hook(_look) for each in maps]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     @torch.no_grad()
     def run_events(self, step: int, seed: int, around: Around = plainly) -> Mapping[str, Forget]:
         """Carry out what the parameterization has due after ``step`` optimizer steps.
@@ -216,6 +275,8 @@ class LanguageModel(nn.Module):
         for event in linear.events(step, options):
             for block in self.model.blocks():
                 for slot in self.spec.slots[block.layer_idx]:
+                    if slot.is_operator:  # it has nothing that an event could change
+                        continue
                     name = self.spec.map_name(slot)
                     generator = generator_of(seed, name, f"{event} {step}")
                     mapped = block.maps[slot.position]
@@ -223,3 +284,7 @@ class LanguageModel(nn.Module):
                         for forget in mapped.run_event(event, generator):
                             forgets[f"{name}.{forget.tensor}"] = forget
         return forgets
+
+
+def _look(linear: Any, inputs: tuple[Tensor, ...]) -> None:
+    linear.look(inputs[0])

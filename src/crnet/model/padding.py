@@ -38,7 +38,7 @@ def stored_on(
     Args:
         optimizer: that is to train it; None: nobody does.
     """
-    exact = spec.pads and (optimizer is None or optimizer.pads)
+    exact = spec.pads and spec.adapter is None and (optimizer is None or optimizer.pads)
     odd = spec.shape.intermediate_size % ALIGNED
     is_gpu = torch.device(device).type == "cuda"
     return spec.padded(WIDTH_MULTIPLE) if is_gpu and odd and exact else spec

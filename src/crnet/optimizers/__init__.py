@@ -47,6 +47,8 @@ class OptimizerMethod:
     """More ``Options`` that the contract is checked with (``measure.contract``)."""
     pads: bool = False
     """Whether zeros that a matrix is filled up with stay, and change no other item's update."""
+    has_codes: bool = False
+    """Whether moments are codes of numbers, which no event can compare."""
 
     def problems(self, options: Any) -> list[str]:
         """What is wrong with the options, one sentence each, with the mend."""
@@ -116,32 +118,56 @@ def param_groups(
 
 
 def forget(optimizer: Optimizer, parameter: Tensor, forget: Forget, generator: Generator) -> None:
-    """Set a part of an optimizer's state of one parameter to 0, as ``forget.kept_frac`` says.
+    """Set a part of an optimizer's state of one parameter to 0, as ``forget`` says.
 
     Every state tensor of the parameter's shape loses the same items: a first moment without the
-    second would be a step of any size. Counters, and what else has another shape, stay.
+    second would be a step of any size. Counters stay, unless it is said that they restart, and what
+    else has another shape.
 
     Args:
         parameter: one that has no state is passed over.
         generator: on the CPU; as many numbers are drawn as the parameter has items, or none.
+    Raises:
+        ValueError: the largest are to stay, and the state is codes (``OptimizerMethod.has_codes``).
     """
     import torch
 
+    state = optimizer.state.get(parameter, {})
+    if forget.restarts and "step" in state:
+        state["step"] = state["step"] * 0  # a number, or a tensor that others may hold
     states = [
         value
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in state.items()
         if isinstance(value, torch.Tensor) and value.dim() and value.shape == parameter.shape
         if key != MASTER
     ]
     if not states:
         return
+    lost: Tensor
     if forget.kept_frac == 0:
         lost = torch.ones(parameter.shape, dtype=torch.bool)
+    elif forget.kept == "largest":
+        lost = _smallest(states[0], forget.kept_frac)
     else:
         lost = torch.rand(parameter.shape, generator=generator) >= forget.kept_frac
+    if forget.indices is not None:
+        chosen = torch.zeros(parameter.shape, dtype=torch.bool)
+        lost &= chosen.index_fill_(forget.dim, torch.tensor(forget.indices, dtype=torch.long), True)
     lost = lost.to(parameter.device)
     for value in states:
         value.masked_fill_(_split_as(value, lost), 0)
+
+
+def _smallest(state: Any, kept_frac: float) -> Tensor:
+    """Where a state is not among its largest items, so that ``kept_frac`` of them are left; of one
+    that is split, the whole of it counts."""
+    import torch
+
+    whole = state.full_tensor() if hasattr(state, "device_mesh") else state
+    if not whole.is_floating_point():
+        raise ValueError("codes of moments cannot be compared across their blocks")
+    kept = whole.abs().flatten().topk(round(kept_frac * whole.numel())).indices
+    return torch.ones_like(whole, dtype=torch.bool).view(-1).index_fill_(0, kept, 0).view_as(whole)
 
 
 def _split_as(state: Any, lost: Tensor) -> Tensor:

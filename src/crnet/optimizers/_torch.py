@@ -8,6 +8,7 @@ without the wrapper.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ import torch
 def body(of: type, name: str) -> Any:
     """A method of one of torch's optimizers as torch wrote it. A ``step`` still wants no_grad."""
     return inspect.unwrap(getattr(of, name))
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What a step returns: the closure's loss, with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 class Optimizer(torch.optim.Optimizer):

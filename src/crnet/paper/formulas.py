@@ -109,6 +109,18 @@ def recompute_flops(
     return factor * num_rebuilt * tokens * h * rank + 4 * sizes.num_layers * tokens**2 * h
 
 
+def recompute_flops_of_cola_m(sizes: Sizes, rank: int, tokens: int = 256) -> float:
+    """FLOPs of CoLA-M's recomputation on one sequence, 10 L s h r + 4 L s f r + 4 L s^2 h (eq. 40;
+    eq. 41 is the same at f = 8/3 h)."""
+    factor = 10 + 4 * sizes.intermediate_size / sizes.hidden_size
+    return recompute_flops(sizes, rank, sizes.num_layers, factor, tokens)
+
+
+def kept_items_of_cola_m(sizes: Sizes, rank: int, tokens: int = 256) -> int:
+    """Items CoLA-M keeps of a sequence, 2 L s h + 7 L s r (table 2)."""
+    return tokens * sizes.num_layers * (2 * sizes.hidden_size + 7 * rank)
+
+
 # --- parameters and memory ------------------------------------------------------------------------
 
 
@@ -145,7 +157,7 @@ def memory_of_table_2(method: str, rank: int = 0) -> float:
     if method == "Vanilla GCP":
         widths = layers * h
     elif method == "CoLA-M":
-        items, widths = cola_parameters("7B", rank), 2 * layers * h + 7 * layers * rank
+        items, widths = cola_parameters("7B", rank), kept_items_of_cola_m(sizes, rank, tokens=1)
     elif method == "CR-Net":
         items = num_parameters("7B", "crnet", str(rank))
         widths = (layers + 10 * 4) * h + 7 * (layers - 1) * rank

@@ -56,7 +56,7 @@ def table_10() -> list[Table10Row]:
         config = override(recipe, train={"precision": "bf16", "bf16_update": "plain"})
         shape = (config.model.hidden_size, config.model.num_layers)
         for alignment, schedules in linears.get("crnet").published_ranks.items():
-            if rank := schedules.get(shape):
+            if alignment.startswith("aligned-") and (rank := schedules.get(shape)):
                 published = override(config, model={"rank": rank})
                 rows += _compare(preset, alignment, published)
     return rows

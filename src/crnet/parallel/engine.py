@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from crnet.config.model_spec import ModelSpec
+from crnet.kernels.loss import Scores
 from crnet.kernels.partial import added_up
 from crnet.model.build import lay_out
 from crnet.model.language_model import Around, LanguageModel, plainly
@@ -45,11 +46,18 @@ class Engine:
         self.model, self.world = model, world
         self.is_split = any(map(is_split, model.parameters()))
         self._call: Any = model
-        if world.parallel.data > 1 and not self.is_split:
+        if self.keeps_gradients:
             self._call = copies(model, world)
         named = dict(model.named_parameters())
         self._parted = {named[name] for name in model.spec.split_dims}
         self._summed = [named[name] for name in model.spec.summed if named[name].requires_grad]
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients stay from step to step, to be filled with zeros: those of copies lie in
+        the memory that crosses between them. Forgotten, they would be made beside it, for torch
+        moves them there with the last micro-batch alone, and a process would have them twice."""
+        return self.world.parallel.data > 1 and not self.is_split
 
     def accumulate(
         self,
@@ -101,9 +109,10 @@ class Engine:
         rest = whole(_norm([each for each in parameters if each not in self._parted]))
         return (added_up(parts.square(), self.world.parts) + rest.square()).sqrt()
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss and number of targets of some rows, without gradients."""
-        return self.model(tokens, targets)
+    def sums(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Of some rows, without gradients: summed loss, and how many targets are the likeliest
+        token; fp64, (2,)."""
+        return sums_of(self.model.scores(tokens, targets))
 
     def around_events(self) -> Around:
         """Around what a parameterization does to one of its maps: the map has whole tensors."""
@@ -120,6 +129,11 @@ class Engine:
                 yield
             return
         yield
+
+
+def sums_of(scores: Scores) -> Tensor:
+    """Summed loss, and how many targets are the likeliest token; fp64, (2,)."""
+    return torch.stack([scores.loss_sum.double(), scores.is_likeliest_M.sum().double()])
 
 
 def _norm(parameters: Sequence[Tensor]) -> Tensor:
@@ -154,7 +168,7 @@ def copies(model: nn.Module, world: World) -> nn.Module:
 
 def split(modules: Iterable[nn.Module], world: World) -> None:
     """Split modules over processes, inner ones first: each is gathered for itself, when it runs."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # What a block returns may be a view, and nobody changes it in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -163,6 +177,8 @@ def split(modules: Iterable[nn.Module], world: World) -> None:
         sharded: Any = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+        if isinstance(module, LanguageModel):  # what else gathers its weights
+            register_fsdp_forward_method(sharded, "scores")
 
 
 def lay_out_shared(spec: ModelSpec, world: World) -> LanguageModel:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crnet.config.sections import ParallelConfig, num_processes
+from crnet.parallel.cores import num_cores
 
 PROGRAM = __name__.partition(".")[0]
 ENDS = "CRNET_ENDS"
@@ -41,7 +42,7 @@ def launch(words: Sequence[str], parallel: ParallelConfig) -> int:
     # What a process says is enough; torch's launcher would say in other words that it ended.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     count = num_processes(parallel)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // count)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -80,7 +81,3 @@ def note_end() -> None:
     """Say that the run of this process ended well, to ``launch``, if it started this process."""
     if ENDS in os.environ:
         (Path(os.environ[ENDS]) / os.environ["RANK"]).touch()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -133,10 +133,7 @@ class Owned(_torch.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of every parameter that has a gradient. Every process of the group takes it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _torch.loss_of(closure)
         for own, group in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update({key: value for key, value in own.items() if key != "params"})
         in_parts = [each for each in self._parameters() if each not in self._whole]

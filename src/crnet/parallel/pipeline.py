@@ -30,10 +30,17 @@ from crnet.config.model_spec import ModelSpec
 from crnet.config.sections import num_stages
 from crnet.cost.micro_batch import MicroBatch
 from crnet.cost.stages import AT_THE_END, Crossing, Stage, boundary, cut, held
-from crnet.kernels.loss import IGNORED, linear_cross_entropy
+from crnet.kernels.loss import linear_cross_entropy, target_scores
 from crnet.layers.block import Carries, State, run_blocks
 from crnet.model.language_model import LanguageModel
-from crnet.parallel.engine import Engine, TokensAndTargets, copies, lay_out_shared, split
+from crnet.parallel.engine import (
+    Engine,
+    TokensAndTargets,
+    copies,
+    lay_out_shared,
+    split,
+    sums_of,
+)
 from crnet.parallel.world import World
 from crnet.recompute.engine import Recomputation
 from crnet.recompute.plan import within
@@ -105,7 +112,8 @@ class _Part(nn.Module):
         self.computing: Computing = contextlib.nullcontext
 
     def forward(self, *tensors: Tensor, targets: Tensor | None = None) -> Any:
-        """Return what the next stage gets; of the last one the summed loss.
+        """Return what the next stage gets; of the last one the summed loss, or, without gradients,
+        what ``Engine.sums`` returns.
 
         Args:
             tensors: tokens (B, T), int64; else what the stage below returned.
@@ -132,10 +140,11 @@ class _Part(nn.Module):
         if self.stage.is_last:
             assert targets is not None
             x_BTD = backbone.norm(backbone.last_read.read(state))  # type: ignore[operator]
+            x_MD, target_M = x_BTD.reshape(-1, x_BTD.shape[-1]), targets.reshape(-1)
             weight = self._model[0].lm_head.weight
-            return linear_cross_entropy(
-                x_BTD.reshape(-1, x_BTD.shape[-1]), weight, targets.reshape(-1)
-            )
+            if torch.is_grad_enabled():
+                return linear_cross_entropy(x_MD, weight, target_M)
+            return sums_of(target_scores(x_MD, weight, target_M))
         leaving = (*state, *carries.at(_keys(self.leaving)))
         if torch.is_grad_enabled():
             self._check(leaving)
@@ -181,8 +190,9 @@ class PipelineEngine(Engine):
         self.parts = [_Part(model, stage, micro_batch) for stage in self.stages]
         if self.is_split:  # torch's schedules add gradients up over processes after the last one
             split(self.parts, world)
-        copied = world.parallel.data > 1 and not self.is_split
-        self._called: list[Any] = [copies(each, world) if copied else each for each in self.parts]
+        self._called: list[Any] = [
+            copies(each, world) if self.keeps_gradients else each for each in self.parts
+        ]
         self._schedule: tuple[Any, Any] = (None, None)
         self._num_tokens, self._sums = 1, []
 
@@ -216,19 +226,20 @@ class PipelineEngine(Engine):
             total += each
         return self._from_last(total)
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def sums(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """As ``Engine``'s, stage after stage; the same on every process."""
-        total = torch.zeros((), dtype=torch.float32, device=tokens.device)
+        total = torch.zeros(2, dtype=torch.float64, device=tokens.device)
         rank, size = dist.get_rank(self.world.pipe), self.world.parallel.pipeline
         for part in self.parts:
             part.computing = contextlib.nullcontext
             tensors = (tokens,) if part.stage.is_first else self._receive((rank - 1) % size)
             found = part(*tensors, targets=targets)
             if part.stage.is_last:
-                total = found.float()
+                total = found
             else:
                 self._send(found, (rank + 1) % size)
-        return self._from_last(total), (targets != IGNORED).sum()
+        return self._from_last(total)
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """As ``Engine``'s: over the parameters of all stages."""

@@ -19,7 +19,8 @@ from crnet.model.language_model import LanguageModel
 from crnet.parallel.owners import has_state, owner_of
 from crnet.parallel.whole import is_split
 from crnet.storage import parts
-from crnet.storage.checkpoint import IN_STATE, IN_WEIGHTS, PART, Checkpoint
+from crnet.storage.checkpoint import IN_STATE, IN_WEIGHTS, Checkpoint
+from crnet.storage.parts import PART
 
 
 def weights_in_parts(model: LanguageModel) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ are repeated.
             backward pass enters a segment, Y_l = gain_l Y_{l-1} + Z_l B_l and
             X_{l+1} = X_l + Y_l^o + Y_l^down from the bottom up, as the forward pass computed them
 
+Under ``none`` and ``replay`` what is kept may wait in four bits an item (``packed``).
+
 ``replay`` is exact to the bit and needs a segment's Y at once; ``invert`` needs one block's Y at
 once and multiplies rounding errors by 1/|gain| per layer (``plan.invert_error``), which a guard
 keeps below a tolerance. ``kernels.naive`` has the plain reference of both directions.
@@ -40,10 +42,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from crnet.kernels.precision import compute_dtype
+from crnet.kernels.precision import casts_kept, compute_dtype
 from crnet.layers.block import Block, Carries, State
 from crnet.layers.compiled_blocks import forward
 from crnet.recompute.invert import InvertedBlock
+from crnet.recompute.packed import PackedBlock, Packing
 from crnet.recompute.plan import Added, RecomputePlan, added_layers, inverted_layers, segments
 from crnet.recompute.replay import Rebuilt, Segment
 from crnet.recompute.second_run import gather, refuse_hooks
@@ -79,7 +82,12 @@ class Recomputation:
         policy = self.plan.policy
         if policy in ("replay", "invert"):
             refuse_hooks(blocks, policy)
-        runs = {"replay": self._replayed, "invert": self._inverted, "block": self._checkpointed}
+        runs = {
+            "none": self._packed,
+            "replay": self._replayed,
+            "invert": self._inverted,
+            "block": self._checkpointed,
+        }
         carries = Carries() if carries is None else carries
         for block, run in zip(blocks, runs[policy](blocks), strict=True):
             returned = block(context, *state, *carries.of(block), run=run(carries))
@@ -91,12 +99,18 @@ class Recomputation:
     def fixed_weights(self) -> Iterator[None]:
         """Meanwhile the weights do not change: the guard reads the gains once, which waits for the
         device, and not in every forward pass. (Version counters do not tell: torch's fused
-        optimizers leave them alone.)"""
+        optimizers leave them alone.) Under ``none`` their casts are kept."""
         self._fixed, self._guarded = True, False
+        kept = casts_kept() if self.plan.policy == "none" else contextlib.nullcontext()
         try:
-            yield
+            with kept:
+                yield
         finally:
             self._fixed = False
+
+    def _packed(self, blocks: Sequence[Block]) -> list[Any]:
+        packing = Packing()
+        return [lambda carries: PackedBlock(packing).run] * len(blocks)
 
     def _checkpointed(self, blocks: Sequence[Block]) -> list[Any]:
         def flat(block: Block, context: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -113,8 +127,9 @@ class Recomputation:
     def _replayed(self, blocks: Sequence[Block]) -> list[Any]:
         rebuilt: Rebuilt = {}
         runs: list[Any] = []
+        packing = Packing() if self.plan.is_packed else None
         for bottom, top in segments(self.plan, len(blocks)):
-            segment = Segment(blocks[bottom:top], self.plan.keep_attention, rebuilt)
+            segment = Segment(blocks[bottom:top], self.plan.keep_attention, rebuilt, packing)
             runs += segment.runs()
         return runs
 
@@ -125,6 +140,11 @@ class Recomputation:
                 raise ValueError(
                     "recompute invert turns a block's outputs into those of the block below, and "
                     "this parameterization does not carry them; take replay or block"
+                )
+            if not all(linear.comes_apart for linear in block.maps.values()):
+                raise ValueError(
+                    "recompute invert: the output below a map with an adapter does not follow from "
+                    "its own; take replay or block"
                 )
         if not (self._fixed and self._guarded):
             self.added, self._guarded = self._guard(blocks), True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crnet.layers.block import Block
-from crnet.recompute.second_run import OUT_OF_TURN, BlockRun, Keep, Known
+from crnet.recompute.second_run import OUT_OF_TURN, BlockRun, Keep, Known, address
 
 
 class InvertedBlock:
@@ -33,7 +33,7 @@ class InvertedBlock:
         self.dense = {
             name
             for name, bottleneck in known.bottlenecks.items()
-            if _address(bottleneck) == _address(known.outputs[name])
+            if address(bottleneck) == address(known.outputs[name])
         }
         """Positions whose bottleneck is the output itself."""
         kept = [*known.state]
@@ -65,7 +65,3 @@ class InvertedBlock:
         bottlenecks |= {name: outputs[name] for name in self.dense}
         carries = {name: carries[name] for name in block.reads}
         self.block_run.known = Known(state, carries, bottlenecks, outputs, tuple(tensors))
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -14,6 +14,9 @@ from typing import Literal
 
 Policy = Literal["none", "block", "invert", "replay"]
 POLICIES: tuple[Policy, ...] = ("none", "block", "replay", "invert")
+KeepAs = Literal["computed", "nf4"]
+PACKING: tuple[Policy, ...] = ("none", "replay")
+"""Policies under which what is kept may be packed (``RecomputePlan.keep_as``)."""
 
 Added = dict[str, tuple[int, ...]]
 """Layers (1-based), by position."""
@@ -31,11 +34,27 @@ class RecomputePlan:
     """Keep the output of attention and its log-sum-exp instead of running attention again."""
     tolerance: float = 0.05
     """invert: largest relative error of a rebuilt output by ``invert_error``."""
+    keep_as: KeepAs = "computed"
+    """nf4: what blocks keep waits in four bits an item (``packed``)."""
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a policy that does not exist: nothing would be recomputed."""
+        """Raise ``ValueError`` for a policy that does not exist, or cannot pack: nothing would be
+        recomputed, or packed."""
         if self.policy not in POLICIES:
             raise ValueError(f"policy {self.policy!r}; known are {', '.join(POLICIES)}")
+        if self.is_packed and self.policy not in PACKING:
+            raise ValueError(f"policy {self.policy!r} keeps nothing as {self.keep_as}")
+        if self.is_packed and self.keep_attention:
+            raise ValueError(f"attention is not kept as {self.keep_as}: it is run again")
+
+    @property
+    def is_packed(self) -> bool:
+        return self.keep_as == "nf4"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether autograd keeps everything as it is."""
+        return self.policy == "none" and not self.is_packed
 
 
 def within(plan: RecomputePlan, bottom: int, top: int) -> RecomputePlan:

@@ -1,4 +1,5 @@
-"""Rebuilding a segment of blocks from the bottom up, exact to the bit."""
+"""Rebuilding a segment of blocks from the bottom up, exact to the bit; where what it is rebuilt
+from was packed, as exact as that."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crnet.layers.block import Block, Carries
+from crnet.recompute.packed import Packing, Shelf, is_activation
 from crnet.recompute.second_run import BlockRun, Keep, Known, gather, written
 
 Rebuilt = dict[tuple[int, str], Tensor]
@@ -18,7 +20,15 @@ Rebuilt = dict[tuple[int, str], Tensor]
 class Segment:
     """Successive blocks whose activations are rebuilt together."""
 
-    def __init__(self, blocks: Sequence[Block], keep_attention: bool, rebuilt: Rebuilt):
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        keep_attention: bool,
+        rebuilt: Rebuilt,
+        packing: Packing | None = None,
+    ):
+        """``packing``: of the forward pass, where what is kept is packed."""
+        self.packing = packing
         self.block_runs = [BlockRun(block, keep_attention) for block in blocks]
         self.rebuilt = rebuilt
         self.noted: list[Known] = []
@@ -58,8 +68,17 @@ class Segment:
             kept = [*noted[0].state, *entering.values()]
             for known in noted:
                 kept += [*known.bottlenecks.values(), *known.mixed]
-            state = Keep.apply(state, kept, self.rebuild)
+            state = self._keep(state, kept)
         return state, *(handed[position] for position in block_run.block.hands)
+
+    def _keep(self, state: Tensor, kept: list[Tensor]) -> Tensor:
+        if self.packing is None:
+            return Keep.apply(state, kept, self.rebuild)
+        shelf, self.packing = Shelf(self.packing), None
+        for tensor in kept:
+            shelf.put(tensor, exact=not is_activation(tensor, kept[0].shape[:2]))
+        parts, rebuild = shelf.take_parts(), self.rebuild
+        return Keep.apply(state, parts, lambda parts: rebuild(shelf.open(parts)))
 
     def rebuild(self, kept: Sequence[Tensor]) -> None:
         tensors = iter(kept)

@@ -22,7 +22,8 @@ OUT_OF_TURN = (
 )
 SECOND_PASS = (
     "a second backward pass through recomputed activations: retain_graph=True is not supported "
-    "with recompute invert or replay; run the forward pass again before it"
+    "with recompute invert or replay, nor where activations are kept as nf4; run the forward pass "
+    "again before it"
 )
 
 
@@ -64,8 +65,8 @@ class BlockRun:
         self.wants_carry = {name: tensor.requires_grad for name, tensor in carries.items()}
         self.state_dtypes = tuple(tensor.dtype for tensor in state)
         self.carry_dtypes = {name: tensor.dtype for name, tensor in carries.items()}
-        self.autocast = _autocast(state[0].device.type)
-        self.parameters = list(self.block.parameters())
+        self.autocast = autocast_of_now(state[0].device.type)
+        self.parameters = self.block.read_parameters()
         self.versions = [parameter._version for parameter in self.parameters]
         projector = _FirstRun(self, carries)
         with saved_tensors_hooks(self.pack, self.unpack):
@@ -99,7 +100,7 @@ class BlockRun:
 
     def check_parameters(self) -> None:
         """Raise ``RuntimeError`` where the weights are not those of the forward pass."""
-        now = list(self.block.parameters())
+        now = self.block.read_parameters()
         same = len(now) == len(self.parameters) and all(map(_is, now, self.parameters))
         if not same:
             raise RuntimeError(
@@ -129,7 +130,7 @@ class BlockRun:
             saved.append(tensor.detach())
             return -1
 
-        with torch.enable_grad(), self.autocast(), saved_tensors_hooks(keep, _never):
+        with torch.enable_grad(), self.autocast(), saved_tensors_hooks(keep, never):
             state = tuple(
                 tensor.detach().requires_grad_(wanted)
                 for tensor, wanted in zip(known.state, self.wants_state, strict=True)
@@ -179,11 +180,11 @@ def _words(tensor: Tensor) -> Tensor:
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _never(_: int) -> Tensor:
+def never(_: int) -> Tensor:
     raise AssertionError("nobody goes backward through a block's second run")
 
 
-def _autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def autocast_of_now(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Enters the autocast state of this moment again, in whichever thread."""
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext
@@ -259,13 +260,13 @@ class _FirstRun:
             )
         # autograd holds on to both hooks: they may know addresses and lists, never q, k and v.
         names = {
-            _address(tensor): (name, int(tensor.storage_offset()))
+            address(tensor): (name, int(tensor.storage_offset()))
             for tensor, name in zip(qkv, "qkv", strict=True)
         }
         run, mixed, views = self.block_run, self.mixed, self.views
 
         def pack(tensor: Tensor) -> int:
-            if (found := names.get(_address(tensor))) is None:
+            if (found := names.get(address(tensor))) is None:
                 mixed.append(tensor.detach())
                 views.append(len(mixed) - 1)
             else:  # q, k or v, perhaps looked at in another shape
@@ -331,10 +332,10 @@ _Look = tuple[int, int, torch.Size, tuple[int, ...], int]
 
 def _look(tensor: Tensor) -> _Look:
     offset = int(tensor.storage_offset())
-    return _address(tensor), offset, tensor.shape, tensor.stride(), tensor._version
+    return address(tensor), offset, tensor.shape, tensor.stride(), tensor._version
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 
 from crnet import linears
@@ -14,6 +13,7 @@ from crnet.cost.peak import peak_bytes
 from crnet.cost.step import step_flops
 from crnet.cost.table import plans
 from crnet.cost.workload import PLAIN, with_linear, workload
+from crnet.report.plots import new_figure, save_both
 
 STATES = ("weights", "gradients", "optimizer state")
 FLOPS = ("blocks forward", "blocks backward", "recomputation", "head forward", "head backward")
@@ -49,15 +49,11 @@ def bars(config: RunConfig) -> tuple[Bars, Bars]:
 
 def plot(config: RunConfig, path: Path) -> list[Path]:
     """Draw ``bars`` into PATH.png and PATH.svg (whatever ending ``path`` has); return both."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     memory, flops = bars(config)
     micro_batch = workload(config).micro_batch
     batch = f"micro-batch {micro_batch.sequences} x {micro_batch.length}"
-    figure, panes = pyplot.subplots(1, 2, figsize=(12, 0.36 * len(memory) + 1.6), sharey=True)
+    figure = new_figure(12, 0.36 * len(memory) + 1.6)
+    panes = figure.subplots(1, 2, sharey=True)
     for pane, parts, label in (
         (panes[0], memory, f"GiB at the peak, {batch}"),
         (panes[1], flops, "FLOPs of a step"),
@@ -67,15 +63,7 @@ def plot(config: RunConfig, path: Path) -> list[Path]:
         f"{config.preset}: hidden size {config.model.hidden_size}, "
         f"{config.model.num_layers} blocks, {precision_of(config.train)}"
     )
-    files = [path.with_suffix(ending) for ending in (".png", ".svg")]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fonts of the user's machine
-        figure.tight_layout()
-        for file in files:
-            figure.savefig(file, dpi=120)
-    pyplot.close(figure)
-    return files
+    return save_both(figure, path)
 
 
 def _draw(pane, bars: Bars, label: str) -> None:

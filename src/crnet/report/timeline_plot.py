@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 from crnet.cost.timeline import Timeline
+from crnet.report.plots import new_figure, save_both
 
 COLORS = ("tab:blue", "tab:green", "tab:purple", "tab:olive")
 """Of a process's stages, the lowest first; a backward pass is paler."""
@@ -15,14 +15,8 @@ FEW = 150
 
 def plot(line: Timeline, title: str, path: Path) -> list[Path]:
     """Draw a timeline into PATH.png and PATH.svg (whatever ending ``path`` has); return both."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        figsize=(12, 0.45 * line.num_processes + 1.6), layout="constrained"
-    )
+    figure = new_figure(12, 0.45 * line.num_processes + 1.6)
+    axes = figure.subplots()
     for process in range(line.num_processes):
         row = line.of_process(process)
         for span in row:
@@ -47,11 +41,4 @@ def plot(line: Timeline, title: str, path: Path) -> list[Path]:
     axes.set_ylabel("process")
     axes.set_xlabel("seconds")
     axes.set_title(f"{title}: bubble {line.bubble:.3f}", fontsize=10)
-    files = [path.with_suffix(ending) for ending in (".png", ".svg")]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fonts of the user's machine
-        for file in files:
-            figure.savefig(file, dpi=120)
-    pyplot.close(figure)
-    return files
+    return save_both(figure, path)

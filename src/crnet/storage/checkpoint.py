@@ -5,9 +5,12 @@
       state.pt              optimizer and random states (torch.load with weights_only=True)
       checkpoint.json       step, position in the data, tokens, configuration, hashes
       tokenizer.json|.model what the caller adds, here the tokenizer
+      adapter_*             in the place of the weights, where an adapter trained (``adapters``)
       .metadata, *.distcp   in the place of the weights and of the state's tensors, where processes
                             wrote the parts that they have (``parts``)
       checksums.json        size and sha256 of every file above; written last
+      config.json, ...      for other programs (``Contents.beside``); in no checksum: one may edit
+                            them
 
 It is written under another name, synced to the disk file by file, and renamed; the folder is then
 synced too, so that a power cut leaves the old state or the new one. Older checkpoints are removed
@@ -49,10 +52,8 @@ WEIGHTS, STATE, DESCRIPTION, CHECKSUMS = (
     "checkpoint.json",
     "checksums.json",
 )
-
-
-PART = "part"
-"""Key of a dict that stands for a tensor in a state: its name among the parts."""
+ADAPTER = "adapter_model.safetensors"
+"""In the place of the weights: the caller writes and reads it."""
 IN_WEIGHTS, IN_STATE = "weights/", "state/"
 """What the names of parts begin with."""
 
@@ -74,7 +75,7 @@ class Contents:
     """What is saved."""
 
     weights: Mapping[str, Tensor]
-    """By name, on any device; no two share memory."""
+    """By name, on any device; no two share memory. None where an adapter is among ``files``."""
     state: Mapping[str, Any]
     """Tensors and numbers, in dicts and lists."""
     config: RunConfig
@@ -85,7 +86,9 @@ class Contents:
     """By what it is, a function that writes it into an existing folder."""
     parts: Callable[[Path], None] | None = None
     """Where several processes hold the tensors: waits until all have written their parts into that
-    folder. ``weights`` are empty then, and ``state`` names its tensors (``PART``)."""
+    folder. ``weights`` are empty then, and ``state`` names its tensors (``parts.PART``)."""
+    beside: Callable[[Path], None] | None = None
+    """Writes files that follow from the others into that folder; no checksum speaks of them."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,12 @@ class Checkpoint:
     @property
     def in_parts(self) -> bool:
         """Whether several processes wrote the tensors, each its own."""
-        return not os.path.exists(self.folder / WEIGHTS)
+        return not (self.is_adapter or os.path.exists(self.folder / WEIGHTS))
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter trained, and the weights are those that the run began with."""
+        return os.path.exists(self.folder / ADAPTER)
 
     def other_files(self) -> list[str]:
         """Names of what the run added (``Contents.files``)."""
@@ -120,8 +128,17 @@ class Checkpoint:
         sums = read_json(self.folder / CHECKSUMS)
         return [name for name in sums if name not in own and not name.endswith(parts.PART_FILE)]
 
+    def beside(self, folder: Path) -> None:
+        """Copy the files of which no checksum speaks into a folder (``Contents.beside``)."""
+        known = {CHECKSUMS, *read_json(self.folder / CHECKSUMS)}
+        for path in sorted(self.folder.iterdir()):
+            if path.name not in known and path.is_file():
+                shutil.copy(path, folder)
+
     def weights(self) -> dict[str, Tensor]:
-        """Every weight by name, whole, on the CPU, in the dtype it was saved in."""
+        """Every weight by name, whole, on the CPU, as it was saved; of an adapter's run none."""
+        if self.is_adapter:
+            return {}
         if self.in_parts:
             names = [name for name in parts.declared(self.folder) if name.startswith(IN_WEIGHTS)]
             found = parts.read(self.folder, names)
@@ -140,11 +157,11 @@ class Checkpoint:
             ConfigError: it is damaged.
         """
         found = self.state_without_parts()
-        names = list(named_parts(found))
-        return with_parts(found, parts.read(self.folder, names)) if names else found
+        names = list(parts.named(found))
+        return parts.put_in(found, parts.read(self.folder, names)) if names else found
 
     def state_without_parts(self) -> dict[str, Any]:
-        """The same with the names of tensors that are in parts (``named_parts``)."""
+        """The same with the names of tensors that are in parts (``parts.named``)."""
         path = self.folder / STATE
         if not self.state_verified:
             _verify_file(path, read_json(self.folder / CHECKSUMS).get(STATE))
@@ -156,30 +173,6 @@ class Checkpoint:
         if not isinstance(found, dict):
             raise ConfigError(f"{path}: altered (it holds a {type(found).__name__})")
         return found
-
-
-def named_parts(state: Any) -> Iterator[str]:
-    """The names of tensors that a state names and does not hold."""
-    if isinstance(state, Mapping):
-        if state.keys() == {PART}:
-            yield state[PART]
-        else:
-            for each in state.values():
-                yield from named_parts(each)
-    elif isinstance(state, (list, tuple)):
-        for each in state:
-            yield from named_parts(each)
-
-
-def with_parts(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The state with those tensors in the place of their names."""
-    if isinstance(state, Mapping):
-        if state.keys() == {PART}:
-            return tensors[state[PART]]
-        return {key: with_parts(each, tensors) for key, each in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(with_parts(each, tensors) for each in state)
-    return state
 
 
 def _loaded(load: Callable[[], dict[str, Tensor]], path: Path) -> dict[str, Tensor]:
@@ -221,10 +214,6 @@ def consolidate(saved: Checkpoint, target: Path) -> None:
             damaged. ``saved`` is only read.
     Cost: weights and state whole in memory; no other process takes part.
     """
-    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: is there already, and not an empty folder; choose another")
-    target = Path(os.path.abspath(target))  # so that it has a name
-    unfinished = target.with_name(UNFINISHED + target.name)
     contents = Contents(
         weights=saved.weights(),
         state=saved.state(),
@@ -232,13 +221,29 @@ def consolidate(saved: Checkpoint, target: Path) -> None:
         progress=saved.progress,
         extra=saved.extra,
         files={name: partial(_copy, saved.folder / name) for name in saved.other_files()},
+        beside=saved.beside,
     )
+    with new_folder(target, saved) as folder:
+        _write(contents, folder)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, saved: Checkpoint) -> Iterator[Path]:
+    """A folder to write what is made of a checkpoint in; it gets its name when all is on the disk.
+
+    Raises:
+        ConfigError: ``target`` holds something or cannot be written.
+    """
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: is there already, and not an empty folder; choose another")
+    target = Path(os.path.abspath(target))  # so that it has a name
+    unfinished = target.with_name(UNFINISHED + target.name)
     mend = f"{saved.folder} is untouched; free space, or choose a folder that can be written"
     with _writing(target, unfinished, mend):
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         unfinished.mkdir()
-        _write(contents, unfinished)
+        yield unfinished
         _to_disk(unfinished)
         unfinished.rename(target)  # an empty folder gives way
         sync(target.parent)
@@ -290,9 +295,8 @@ def _write(contents: Contents, folder: Path) -> None:
     """Every file of a checkpoint, its checksums last."""
     if contents.parts is not None:
         contents.parts(folder)
-    else:
-        weights = {name: it.detach().cpu().contiguous() for name, it in contents.weights.items()}
-        safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    elif contents.weights:
+        write_weights(folder, contents.weights)
     _write_state(contents.state, folder / STATE)
     description = {
         "format": FORMAT,
@@ -311,7 +315,15 @@ def _write(contents: Contents, folder: Path) -> None:
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
     }
+    if contents.beside is not None:
+        contents.beside(folder)
     write_json(folder / CHECKSUMS, sums)
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write weights by name, as transformers reads them too."""
+    whole = {name: each.detach().cpu().contiguous() for name, each in weights.items()}
+    safetensors.torch.save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _write_state(state: Mapping[str, Any], path: Path) -> None:
@@ -455,7 +467,8 @@ def _verify(folder: Path, with_state: bool) -> None:
             )
         if name != STATE or with_state:
             _verify_file(folder / name, wanted)
-    for name in (parts.INDEX if parts.INDEX in sums else WEIGHTS, STATE, DESCRIPTION):
+    weights = next((name for name in (parts.INDEX, ADAPTER) if name in sums), WEIGHTS)
+    for name in (weights, STATE, DESCRIPTION):
         if name not in sums:
             raise ConfigError(f"{folder / CHECKSUMS}: does not speak of {name}")
 

@@ -54,6 +54,34 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def held_by(folder: Path) -> int | None:
+    """The process on this machine that keeps others out of a folder (``alone``); None: none does,
+    or the system does not say. Only read: nobody is kept out by looking."""
+    try:
+        node = folder.stat().st_ino
+        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    for words in map(str.split, locks):
+        # "1: FLOCK  ADVISORY  WRITE 30720 fe:00:2163749 0 EOF"; devices may go by another number.
+        if len(words) > 5 and words[1] == "FLOCK" and words[5].endswith(f":{node}"):
+            pid = int(words[4])
+            if _has_open(pid, folder):
+                return pid
+    return None
+
+
+def _has_open(pid: int, folder: Path) -> bool:
+    """Whether a process has a folder open; where that cannot be seen, whether there is one."""
+    handles = Path(f"/proc/{pid}/fd")
+    try:
+        return any(os.path.samefile(each, folder) for each in handles.iterdir() if each.exists())
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that is there whole or not at all, also after a power cut."""
     unfinished = path.with_name(UNFINISHED + path.name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from crnet.errors import ConfigError
 
+PART = "part"
+"""Key of a dict that stands for a tensor in a state: its name among the parts."""
 INDEX, PART_FILE = ".metadata", ".distcp"
 """Name of the index of all parts; what the names of the files that hold them end with."""
 
@@ -84,3 +86,27 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{folder}: cannot be read ({reason})") from error
+
+
+def named(state: Any) -> Iterator[str]:
+    """The names of tensors that a state names and does not hold."""
+    if isinstance(state, Mapping):
+        if state.keys() == {PART}:
+            yield state[PART]
+        else:
+            for each in state.values():
+                yield from named(each)
+    elif isinstance(state, (list, tuple)):
+        for each in state:
+            yield from named(each)
+
+
+def put_in(state: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The state with those tensors in the place of their names."""
+    if isinstance(state, Mapping):
+        if state.keys() == {PART}:
+            return tensors[state[PART]]
+        return {key: put_in(each, tensors) for key, each in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(put_in(each, tensors) for each in state)
+    return state

@@ -7,6 +7,7 @@ last read ends the model. Declarations import no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from crnet.registry import discover, find
@@ -25,6 +26,8 @@ class Stream:
     """A frozen dataclass; its fields become ``--model.NAME.OPTION``."""
     examples: tuple[Any, ...] = ()
     """More ``Options`` that the contract is checked with (``measure.contract``)."""
+    adds: bool = False
+    """Whether it is the sum of what sublayers write, and nothing besides."""
     policies: tuple[str, ...] = ("none", "block")
     """Recomputation that it allows. ``replay`` and ``invert`` build a block's state anew from what
     entered it and what its sublayers wrote: ``write`` must not need ``read``."""
@@ -44,8 +47,9 @@ class Stream:
         self,
         sublayer_idx: int,
         num_sublayers: int,
+        shape: Shape,
+        options: Any,
         rows: int,
-        hidden_size: int,
         item_bytes: int,
         written_bytes: int,
     ) -> StreamWork:
@@ -56,6 +60,24 @@ class Stream:
             written_bytes: of an item of what they write.
         """
         return StreamWork()
+
+    def crossing(
+        self,
+        sublayer_idx: int,
+        num_sublayers: int,
+        shape: Shape,
+        options: Any,
+        item_bytes: int,
+        written: Sequence[int],
+    ) -> tuple[int, ...]:
+        """Bytes of an item of each tensor of the state before a sublayer: what crosses to a stage
+        of a pipeline that begins there.
+
+        Args:
+            item_bytes: of an item of what sublayers get.
+            written: of an item of what each sublayer before it wrote.
+        """
+        return (item_bytes,)
 
     def make(self, sublayer_idx: int, num_sublayers: int, shape: Shape, options: Any) -> Module:
         """The module around one sublayer (``num_sublayers``: of the last read)."""

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from crnet.config.sections import RunConfig
 from crnet.data.rows import Batches, Rows
-from crnet.inference.evaluate import Evaluation, Precision, evaluate_unless
+from crnet.hub.card import Evaluated
+from crnet.inference.evaluate import Evaluation, Precision, evaluate_unless, evaluation_of
 from crnet.parallel.saving import taken_apart, weights_in_parts
 from crnet.parallel.world import ALONE, World, peak_bytes
 from crnet.recompute.plan import Added
@@ -37,15 +38,15 @@ class Record:
     """Hashes of the inputs, for every checkpoint."""
     files: Mapping[str, Callable[[Path], None]]
     """What else a checkpoint gets (``storage.checkpoint.Contents``)."""
+    beside: Callable[[Path, RunConfig, Progress, Evaluated | None], None]
+    """Writes what other programs read of a checkpoint, of a run that stands there."""
     last_checkpoint: Path | None = None
     world: World = ALONE
     """Its first process writes; all of them have the same record."""
 
     def __post_init__(self) -> None:
         self.evaluations = {
-            row["step"]: Evaluation(row["val_loss"], row["val_tokens"])
-            for row in self.log.rows_before
-            if "val_loss" in row
+            row["step"]: evaluation_of(row) for row in self.log.rows_before if "val_loss" in row
         }
         """What has been evaluated so far, by step."""
         self._pending: tuple[Contents, Any] | None = None
@@ -64,7 +65,15 @@ class Record:
             return
         weights = all_weights(step.model, self.world)
         state = snapshot(step.optimizer, step.model.spec, self.world)
-        self._publish(Contents(weights, state, step.config, at, self.extra, self.files))
+        files, beside = self.files, self._beside(step.config, at)
+        self._publish(Contents(weights, state, step.config, at, self.extra, files, beside=beside))
+
+    def _beside(self, config: RunConfig, at: Progress) -> Callable[[Path], None]:
+        found = None
+        if self.evaluations:
+            step = max(self.evaluations)
+            found = step, self.evaluations[step]
+        return lambda folder: self.beside(folder, config, at, found)
 
     def _begin_parts(self, at: Progress, step: Step) -> None:
         state, tensors = taken_apart(step.optimizer)
@@ -77,7 +86,8 @@ class Record:
                 raise OSError(str(error))
 
         state = {"optimizer": state, **random_states(step.device)}
-        contents = Contents({}, state, step.config, at, self.extra, self.files, wait)
+        beside = self._beside(step.config, at)
+        contents = Contents({}, state, step.config, at, self.extra, self.files, wait, beside)
         self._pending = contents, written
 
     def finish(self, *, wait: bool = True) -> None:
@@ -115,7 +125,7 @@ class Loop:
         return self._trained.rate()
 
     def run(self, at: Progress, show: bool) -> Progress:
-        """Step until the last step or a signal; returns where the run then stands.
+        """Step until the last step, the one to stop at, or a signal; returns where the run stands.
 
         Args:
             at: where it stands.
@@ -128,7 +138,8 @@ class Loop:
         if self._evaluation_due(at.step) and at.step not in record.evaluations:
             self._evaluate(at, bar)
         self._step.model.train()
-        while at.step < train.steps and not self._stopping():
+        end = min(train.steps, train.stop_after_steps or train.steps)
+        while at.step < end and not self._stopping():
             start_s = time.perf_counter()
             micro_batches = batches.next(train.micro_batch_size, *self._world.share)
             done = self._step(micro_batches, at, record.last_checkpoint)
@@ -178,9 +189,9 @@ class Loop:
         rate = self._logged.rate()
         row = {"step": at.step, "tokens": at.tokens, "loss": done.loss, "lr": done.lr}
         row |= {"grad_norm": done.grad_norm, "tokens_per_s": round(rate, 1)}
+        row["peak_bytes"] = int(self._world.most(peak_bytes(self._step.device)))
         text = f"loss {done.loss:.3f}, {rate:,.0f} tokens/s"
         if (size := self._world.size) > 1:
-            row["peak_bytes"] = int(self._world.most(peak_bytes(self._step.device)))
             text += f", {rate / size:,.0f} a process, {row['peak_bytes'] / 2**30:.2f} GiB at most"
         self._record.log.write(row)
         bar.set_postfix_str(text)
@@ -214,12 +225,11 @@ class Loop:
             self._evaluation_tokens(at.step),
             precision,
             self._world,
-            self._step.engine.loss,
+            self._step.engine.sums,
         )
         if found is not None:
-            row = {"step": at.step, "val_loss": found.loss, "val_perplexity": found.perplexity}
-            more = {"val_tokens": found.tokens, "val_precision": precision}
-            self._record.log.write(row | more)
+            row = {"step": at.step, **found.figures(), "val_precision": precision}
+            self._record.log.write(row)
             self._record.evaluations[at.step] = found
         return found
 
@@ -233,8 +243,8 @@ class Loop:
     def _evaluation_tokens(self, step: int) -> int:
         """Of an untrained model, whose loss is about ln(vocabulary size) whatever it reads, a few:
         the first step need not wait for the whole set."""
-        tokens = self.config.data.validation_tokens
-        return tokens if step else min(tokens, TOKENS_BEFORE_TRAINING)
+        tokens, is_trained = self.config.data.validation_tokens, self.config.train.init_from
+        return tokens if step or is_trained else min(tokens, TOKENS_BEFORE_TRAINING)
 
 
 class _Clock:
@@ -274,6 +284,5 @@ def _write(bar: Any, line: str) -> None:
 
 def _progress_line(at: Progress, found: Evaluation) -> str:
     return (
-        f"step {at.step}: validation loss {found.loss:.4f}, perplexity {found.perplexity:.2f} "
-        f"({at.tokens:,} tokens)"
+        f"step {at.step}: validation loss {found.loss:.4f}, {found.words()} ({at.tokens:,} tokens)"
     )

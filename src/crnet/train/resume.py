@@ -162,10 +162,12 @@ def _jump(saved: Checkpoint, config: RunConfig) -> Iterator[str]:
 
 def all_weights(model: LanguageModel, world: World = ALONE) -> dict[str, Tensor]:
     """Every weight whole, by name, in its declared shape; a tied head is listed once, as the
-    embedding.
+    embedding. Beside an adapter none: they are as they were.
 
     Split over ranks, or in stages: on the CPU of rank 0, and on other ranks nothing that counts.
     """
+    if model.spec.adapter is not None:
+        return {}
     if model.spec.num_parts > 1 or _any_split(model.parameters()):
         found = whole_weights(model, world)
     else:

@@ -11,46 +11,55 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from crnet import optimizers
+from crnet import optimizers, trackers
+from crnet.adapters import beside
+from crnet.config import presets
 from crnet.config.check import check
 from crnet.config.model_spec import ModelSpec
 from crnet.config.sections import (
     RunConfig,
     TrainConfig,
+    adapter_of,
     options_of,
     settings_of,
     share_of,
+    trackers_of,
     update_of,
 )
-from crnet.config.serialize import override
-from crnet.cost.workload import micro_batch_of, num_micro_batches, workload
+from crnet.config.serialize import override, read_json, to_dict
+from crnet.cost.workload import Workload, micro_batch_of, num_micro_batches, workload
 from crnet.data.prepare import prepare
 from crnet.data.rows import Rows, check_enough, validation_hash
 from crnet.data.shards import Prepared
+from crnet.data.tokenizer import Tokenizer
 from crnet.errors import ConfigError
+from crnet.hub import files as hub
 from crnet.inference.evaluate import Evaluation
-from crnet.inference.load import load_model, pick_device, weights_dtype
+from crnet.inference.load import BASE, BASE_SHA256, describe_base, load_model, pick_device
 from crnet.kernels import compiled
-from crnet.model.build import build
 from crnet.model.device import prepare_device, with_precision
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
 from crnet.optimizers import _low_precision as low_precision
+from crnet.paper import protocol
 from crnet.parallel import owners
 from crnet.parallel.engine import Engine
 from crnet.parallel.pipeline import PipelineEngine, lay_out_part
 from crnet.parallel.saving import put_together
 from crnet.parallel.world import ALONE, World, joined
-from crnet.report.plots import plot_losses
+from crnet.report.plots import loss_picture
 from crnet.storage import checkpoint, files, metrics
 from crnet.storage.checkpoint import Checkpoint, Progress
-from crnet.storage.manifest import describe_code, write_manifest
+from crnet.storage.manifest import MANIFEST, describe_code, write_manifest
 from crnet.storage.metrics import Metrics
+from crnet.trackers import Trackers
 from crnet.train.deterministic import deterministic
 from crnet.train.loop import Loop, Record
 from crnet.train.resume import (
@@ -62,6 +71,7 @@ from crnet.train.resume import (
     set_random_states,
 )
 from crnet.train.signals import signals
+from crnet.train.start import check_start, initial_model
 from crnet.train.step import Step
 
 
@@ -73,7 +83,7 @@ class Result:
     step: int
     tokens: int
     finished: bool
-    """False where a signal stopped it; it can be resumed."""
+    """False where a signal or ``train.stop_after_steps`` stopped it; it can be resumed."""
     num_parameters: int
     before: Evaluation | None
     """Before the first step; None where a signal came first."""
@@ -111,6 +121,8 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
     check(config)
     with contextlib.ExitStack() as held:  # what keeps other processes out of the folder
         world = held.enter_context(joined(config.parallel))
+        world.on_first(lambda: trackers.check_installed(trackers_of(config.train)))
+        world.on_first(lambda: beside.check_installed(adapter_of(config.train)))
         world.on_first(lambda: check_folder(run_dir, resume))
         choose_kernels(config.train)
         return _run(config, run_dir, resume, progress and world.is_first, held, world)
@@ -141,17 +153,13 @@ def _run(
         torch.set_num_threads(config.train.threads)
     saved = newest_of(run_dir, world) if resume else None
     changed = say_changes(saved, config, corpus.hashes, say=world.is_first) if resume else []
-    step = make_step(config, work.spec, device, saved, world)
+    began = _began_with(run_dir, saved, config, prepared)
+    step = make_step(config, work.spec, device, saved, world, corpus.train)
     step.model.recompute(work.plan)
     if config.train.compile:
         step.model.compile_blocks()
     at = saved.progress if saved else Progress(step=0, position=0, tokens=0)
-    facts = {
-        "parameters": parameters_by_role(work.spec),
-        "recompute": dataclasses.asdict(work.plan),
-        "kernels": "fused" if compiled.fused_on(device) else "torch",
-        "data": describe_corpus(corpus),
-    }
+    facts = _facts(config, work, device, corpus) | {"init_from": began}
     start = {"from_step": at.step, "resumed_with": changed}
 
     def begin() -> None:
@@ -165,11 +173,12 @@ def _run(
     world.on_first(begin)
     with files.writing(run_dir):
         upto_step = at.step if saved else None
-        tensorboard = config.train.tensorboard
-        log = Metrics(run_dir, upto_step=upto_step, tensorboard=tensorboard, writes=world.is_first)
-        tokenizer = {"tokenizer": prepared.tokenizer().save}
-        last = saved.folder if saved else None
-        record = Record(run_dir, log, corpus.hashes, tokenizer, last, world)
+        tracking = functools.partial(start_trackers, config, run_dir, upto_step)
+        log = Metrics(run_dir, upto_step=upto_step, trackers=tracking, writes=world.is_first)
+        tokenizer, last = prepared.tokenizer(), saved.folder if saved else None
+        extra, files_of = _added(step.model, corpus, tokenizer, began, saved)
+        card = functools.partial(hub.write, tokenizer)
+        record = Record(run_dir, log, extra, files_of, card, last, world)
         with same, contextlib.closing(log), signals(say=world.is_first) as stop:
             loop = Loop(step, corpus.train, corpus.validation, record, stop)
             with world.naming_the_lost(lambda: f"step {loop.at.step}"):
@@ -177,9 +186,63 @@ def _run(
             return _result(loop, record, work.num_parameters())
 
 
+def _facts(
+    config: RunConfig, work: Workload, device: torch.device, corpus: Corpus
+) -> dict[str, Any]:
+    """What ``run.json`` says of a run beside its configuration."""
+    return {
+        "parameters": parameters_by_role(work.spec),
+        "recompute": dataclasses.asdict(work.plan),
+        "kernels": "fused" if compiled.fused_on(device) else "torch",
+        "data": describe_corpus(corpus),
+        **protocol.published(config),
+    }
+
+
+def start_trackers(config: RunConfig, run_dir: Path, upto_step: int | None) -> Trackers | None:
+    """Those that the configuration names, at the run of before where it goes on; None: it names
+    none."""
+    names = trackers_of(config.train)
+    if not names:
+        return None
+    first_step = 0 if upto_step is None else upto_step + 1
+    place = trackers.Place(run_dir, trackers.identity_of(run_dir), first_step)
+    return Trackers(names, place, to_dict(config))
+
+
 def _take(run_dir: Path, held: contextlib.ExitStack) -> None:
     """Keep other runs out of the folder."""
     held.enter_context(files.alone(run_dir))
+
+
+def _began_with(
+    run_dir: Path, saved: Checkpoint | None, config: RunConfig, prepared: Prepared
+) -> object:
+    """What ``run.json`` says of ``train.init_from``; a run that goes on needs no more of it."""
+    if config.train.init_from is None:
+        return None
+    if saved is not None:
+        return read_json(run_dir / MANIFEST).get("init_from")
+    return check_start(config.train.init_from, config, prepared.tokenizer_hash)
+
+
+def _added(
+    model: LanguageModel,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    began: Any,
+    saved: Checkpoint | None,
+) -> tuple[dict[str, str], dict[str, Callable[[Path], None]]]:
+    """What every checkpoint notes and holds beside weights and state (``began``: _began_with)."""
+    notes, files_of = dict(corpus.hashes), {"tokenizer": tokenizer.save}
+    if model.spec.adapter is not None:
+        if saved is None:
+            notes |= describe_base(Path(began["checkpoint"]))
+        else:
+            notes |= {key: saved.extra[key] for key in (BASE, BASE_SHA256)}
+        base = Path(notes[BASE])
+        files_of["adapter"] = functools.partial(beside.write, model=model, base=base)
+    return notes, files_of
 
 
 def work_of_one(config: RunConfig, device: torch.device) -> RunConfig:
@@ -190,7 +253,7 @@ def work_of_one(config: RunConfig, device: torch.device) -> RunConfig:
 def _result(loop: Loop, record: Record, num_parameters: int) -> Result:
     if record.world.is_first:
         rows = metrics.read(record.log.path)
-        plot_losses({loop.config.model.linear: rows}, record.run_dir / "loss.png")
+        loss_picture({loop.config.model.linear: rows}, record.run_dir / "loss.png")
     evaluations, at = record.evaluations, loop.at
     return Result(
         run_dir=record.run_dir,
@@ -213,10 +276,11 @@ def choose_kernels(train: TrainConfig) -> None:
 
 
 def resolve(config: RunConfig, prepared: Prepared, device: torch.device) -> RunConfig:
-    """Fill in what corpus and device decide: the vocabulary size and the precision.
+    """Fill in what corpus and device decide: vocabulary size, precision, the steps of epochs.
 
     Raises:
-        ConfigError: ``model.vocab_size`` is given and smaller than the tokenizer's.
+        ConfigError: ``model.vocab_size`` is given and smaller than the tokenizer's, or steps are
+            given beside epochs.
     """
     wanted = config.model.vocab_size or prepared.vocab_size
     if wanted < prepared.vocab_size:
@@ -224,8 +288,26 @@ def resolve(config: RunConfig, prepared: Prepared, device: torch.device) -> RunC
             f"--model.vocab-size {wanted} is below the tokenizer's {prepared.vocab_size}; "
             "leave it out, or give at least that"
         )
-    config = with_precision(config, device)
+    config = with_steps(with_precision(config, device), prepared)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
+
+
+def with_steps(config: RunConfig, prepared: Prepared) -> RunConfig:
+    """The run with the steps of its epochs: every row is read as often, the last step filled up
+    from the next pass."""
+    epochs, given = config.train.epochs, config.train.steps
+    if epochs is None:
+        return config
+    rows = Rows(prepared, "train", config.data.sequence_length, config.data.rows)
+    steps = -(-epochs * len(rows) // config.train.batch_size)
+    if given not in (TrainConfig.steps, presets.get(config.preset).train.steps, steps):
+        raise ConfigError(
+            f"--train.steps {given} with --train.epochs {epochs}, which are {steps} steps; leave "
+            "one of them out (--train.epochs none)"
+        )
+    config = override(config, train={"steps": max(steps, 1)})
+    check(config)
+    return config
 
 
 def open_corpus(prepared: Prepared, config: RunConfig) -> Corpus:
@@ -270,19 +352,22 @@ def make_step(
     device: torch.device,
     saved: Checkpoint | None,
     world: World = ALONE,
+    rows: Rows | None = None,
 ) -> Step:
-    """Model and optimizer: initialised, or as a checkpoint has them; this process's part."""
-    spec = stored_on(spec, device, optimizers.get(config.optimizer.name))
+    """Model and optimizer: initialised, or as a checkpoint has them; this process's part.
+
+    ``rows``: of training, for maps that look at the first ones (``Step.begin``).
+    """
     lay = functools.partial(lay_out_part, world=world, length=config.data.sequence_length)
     if saved is None:
-        dtype = weights_dtype(config.train.precision)
-        model = build(spec, config.train.seed, device, dtype, lay)
+        model = initial_model(config, spec, device, lay)
     else:
+        spec = stored_on(spec, device, optimizers.get(config.optimizer.name))
         model = load_model(saved, device, spec, lay)
     engine = make_engine(config, model, device, world)
     step = Step(config, engine, make_optimizer(config, model), device)
     if saved is None:
-        step.run_events(0)
+        step.begin(rows)
     else:
         try:
             if saved.in_parts and _reads_parts(step.engine, spec):

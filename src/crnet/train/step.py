@@ -15,11 +15,14 @@ from torch import Tensor
 from crnet import schedules
 from crnet.config.check import steps_of
 from crnet.config.sections import RunConfig, options_of
-from crnet.data.rows import IGNORED
+from crnet.data.rows import IGNORED, Batches, Rows
 from crnet.errors import TrainingError
 from crnet.model.events import run_events
 from crnet.parallel.engine import Engine, TokensAndTargets
 from crnet.storage.checkpoint import Progress
+
+LOOKED_ROWS = 8
+"""Most rows of the first batch that maps look at, whatever the micro-batch."""
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
@@ -107,7 +110,7 @@ class Step:
         step, clip = at.step + 1, self.config.optimizer.clip_norm
         counts = [(targets != IGNORED).sum() for _, targets in micro_batches]
         num_tokens = int(self.world.sum(torch.stack(counts).sum()))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.engine.keeps_gradients)
         loss_sum = self.engine.accumulate(
             list(self._on_device(micro_batches)), num_tokens, self._autocast
         )
@@ -148,6 +151,20 @@ class Step:
         """Raise ``TrainingError`` where the latest step was late and not finite."""
         if self._unread is not None:
             self._unread.check()
+
+    def begin(self, rows: Rows | None) -> None:
+        """What comes before the first step: where the parameterization wants it, maps look at the
+        first training rows, all processes at the same; then what is due at step 0.
+
+        ``rows``: of training; None: nobody looks.
+        """
+        train, spec = self.config.train, self.model.spec
+        if rows is not None and spec.linear.looks and spec.adapter is None:
+            batch = Batches(rows, train.seed, train.batch_size).next(LOOKED_ROWS)[:1]
+            with self.model.looking(), self._autocast():
+                for tokens, targets in self._on_device(batch):
+                    self.engine.sums(tokens, targets)
+        self.run_events(0)
 
     def run_events(self, step: int) -> None:
         """What the parameterization has due once ``step`` steps are done; the optimizer forgets."""

@@ -43,6 +43,11 @@ class GPT2(Architecture):
                 f"--model.num-kv-heads {shape.num_kv_heads} differs from --model.num-heads "
                 f"{shape.num_heads}; gpt2 has no grouped heads: leave it out"
             )
+        if shape.attention_size != shape.hidden_size:
+            found.append(
+                f"--model.head-size {shape.head_size}: heads of gpt2 are as wide together as the "
+                "stream; leave it out"
+            )
         if options.max_length < 1:
             found.append(f"--model.gpt2.max-length is {options.max_length}; take 1 or more")
         return found
@@ -60,7 +65,16 @@ class GPT2(Architecture):
             ("up", "mlp.up_proj", h, f, "feed-forward norm"),
             ("down", "mlp.down_proj", f, h, "activated"),
         )
-        return tuple(Position(*row, has_bias=True, split=split_side(row[-1])) for row in rows)
+        heads = dict.fromkeys("qkv", shape.head_size)
+        return tuple(
+            Position(
+                *row,
+                has_bias=True,
+                split=split_side(row[-1]),
+                head_size=heads.get(row[0], 0),
+            )
+            for row in rows
+        )
 
     def tensors(self, shape, options):
         h, std = shape.hidden_size, normal(shape.init_std)
@@ -85,8 +99,8 @@ class GPT2(Architecture):
         hidden, activated = rows * shape.hidden_size * e, rows * shape.intermediate_size * e
         log_sum_exp = rows * shape.num_heads * 4
         # q, k, v and up plus their biases; without the activation the last is what down reads.
-        sums = 3 * hidden + (activated if keeps_activation else 0)
         h, f = shape.hidden_size, shape.intermediate_size
+        sums = (*[rows * h] * 3, *[rows * f] * keeps_activation)
         parts = [_passes.layer_norm(rows, h, batch.stream_bytes, e)] * 2
         parts += [_passes.bias(rows, width, e) for width in (h, h, h, h, f, h)]
         parts += [_passes.gelu(rows, f, e)] * keeps_activation
@@ -102,8 +116,10 @@ class GPT2(Architecture):
             },
             kept_inputs=frozenset({"mixed"}),
             kept_outputs=(),
-            kept_bytes=2 * _statistics_bytes(batch) + sums + log_sum_exp,
+            kept_bytes=2 * _statistics_bytes(batch) + e * sum(sums) + log_sum_exp,
+            kept_items=sums,
             attention_bytes=hidden + log_sum_exp,
+            attention_items=rows * h,
             activation_bytes=(2 if keeps_activation else 1) * activated,
             passes=forward,
             backward_passes=backward,
@@ -133,15 +149,17 @@ class GPT2(Architecture):
             "norm": LayerNorm(shape.hidden_size, shape.norm_eps),
         }
 
-    def embed(self, outside, tokens_BT, start):
-        positions, end = outside.embed_positions.weight, start + tokens_BT.shape[1]
+    def place(self, outside, x_BTD, start):
+        if not isinstance(start, int):
+            return x_BTD + outside.embed_positions(start)
+        positions, end = outside.embed_positions.weight, start + x_BTD.shape[1]
         if end > len(positions):
             raise ValueError(
                 f"{end} tokens came, and --model.gpt2.max-length is {len(positions)}; "
                 "give fewer, or train with more positions"
             )
         # A slice, no lookup: autograd keeps no index for it.
-        return outside.embed_tokens(tokens_BT) + positions[start:end]
+        return x_BTD + positions[start:end]
 
     def context(self, shape, options, start, length, device, caches):
         from crnet.layers.attention import Context

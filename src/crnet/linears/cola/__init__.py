@@ -1,19 +1,26 @@
 """CoLA: every map is a bottleneck with an activation, ``y = B silu(A x)``.
 
-Source: CoLA, official code at 91ff0d1. The published CoLA-M keeps the bottlenecks and computes the
-rest anew; here that is ``--train.recompute replay``, which every method has.
+Also without the feed-forward's own activation, from 350M on (``activation``).
+
+CoLA-M, the published way to keep less, is a policy here: ``--train.recompute replay`` with
+``--train.recompute-layers every-1``. Checkpoint, function and gradients are the same. A token and
+layer, CoLA-M keeps seven bottlenecks and two tensors of the stream, 2 (7 r + 2 h) bytes in bf16;
+replay keeps seven and one, 2 (7 r + h), since it makes the stream behind attention from o's
+bottleneck; both repeat the FLOPs of eq. 40 of the CR-Net paper. Fewer layers keep less still, for
+more alive at once.
+
+Source: arXiv:2502.10940 and its official code at 91ff0d1.
 Deviation: what is kept is the bottleneck before SiLU, not after it; its slope follows from it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 from crnet.linears import Parameterization
-from crnet.linears._declarations import TABLE_RANKS, above_zero, factors_work, pair
-from crnet.specs import Passes, Shape, Slot, Split, TensorSpec, Traffic, Work, normal
+from crnet.linears._declarations import TABLE_RANKS, above_zero, activated_work, by_both_widths
+from crnet.specs import Shape, Slot, Split, TensorSpec, Work
 
 SMALLEST_WITHOUT_ACTIVATION = 1024
 """Hidden size from which the published runs drop the feed-forward's own activation (350M)."""
@@ -47,28 +54,18 @@ class CoLA(Parameterization):
         return options.activation == "both"
 
     def tensors(self, slot: Slot, options: CoLAOptions) -> dict[str, TensorSpec]:
-        """Standard deviation R^(-1/4) (D + F)^(-1/4) each: an item of A B has (D + F)^(-1/2)."""
-        init = normal((slot.rank * (slot.in_size + slot.out_size)) ** -0.25)
-        return pair(slot, init, init, options.lr_factor)
+        return by_both_widths(slot, options.lr_factor)
 
     def work(self, slot: Slot, options: CoLAOptions, rows: int, item_bytes: int) -> Work:
-        activated = rows * slot.rank * item_bytes
-        silu = Traffic(5 * activated, 2)
-        return dataclasses.replace(
-            factors_work(slot, rows, item_bytes),
-            transient_bytes=activated,
-            passes=Passes(Traffic(2 * activated, 1), Traffic(2 * activated, 1)),
-            # SiLU once more, and its slope.
-            backward_passes=Passes(silu, silu, Traffic(3 * activated, 1)),
-        )
+        return activated_work(slot, rows, item_bytes)
 
     def split(self, slot: Slot, options: CoLAOptions) -> Split:
         return Split("bottleneck")  # before SiLU: a sum of what SiLU gives would be another map
 
     def make(self, slot: Slot, options: CoLAOptions):
-        from crnet.linears.cola.module import CoLAMap
+        from crnet.linears._activated import ActivatedMap
 
-        return CoLAMap(self.tensors(slot, options))
+        return ActivatedMap(self.tensors(slot, options))
 
 
 METHODS = [CoLA()]

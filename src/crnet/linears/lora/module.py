@@ -1,9 +1,11 @@
-"""LoRA's map: a frozen matrix and a trained pair of factors as one operation; ReLoRA's events.
+"""LoRA's map: a matrix and a trained pair of factors as one operation; ReLoRA's events.
 
 One operation, so that a caller who knows the result gets the same node of the graph from it. With
 Z = X A, s the scale and dY given,
 
     dZ = s dY B^T    dB = s Z^T dY    dA = X^T dZ    dX = dY W0 + dZ A^T
+
+and, where W0 is trained, dW0 = dY^T X.
 
 Shapes: B batch, T tokens, M = B T rows, D input width, F output width, R rank.
 """
@@ -17,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from crnet.kernels.carried import rows, unrows
 from crnet.kernels.partial import left
 from crnet.kernels.precision import cast
-from crnet.linears._maps import LinearMap
+from crnet.linears._maps import LinearMap, wider_factors
 from crnet.specs import Forget
 
 
@@ -51,30 +53,45 @@ class LoRAMap(LinearMap):
         z_MR, y_MF = _products(rows(x), weight_FD, a_DR, b_RF, self.scale)
         if self.sums:
             y_MF = self.sums.forward(y_MF)
-        return torch.cat((y_MF, z_MR), -1).view(*x.shape[:-1], -1)
+        return unrows(torch.cat((y_MF, z_MR), -1), x)
 
     def up_project(self, bottleneck, carry):
         return bottleneck[..., : self.B.shape[1]].contiguous()
 
+    def matrix(self) -> Tensor:
+        """W0, (F, D)."""
+        return self.weight
+
     def _cast(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
-        return cast(x_BTD, self.weight, self.A, self.B)
+        return cast(x_BTD, self.matrix(), self.A, self.B)
 
     def merged(self) -> Tensor:
         """``W0 + scale (A B)^T``, (F, D), in fp32 or better."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        weight_FD, a_DR, b_RF = (p.detach().to(dtype) for p in (self.weight, self.A, self.B))
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        weight_FD, a_DR, b_RF = (p.detach().to(dtype) for p in (self.matrix(), self.A, self.B))
         return torch.addmm(weight_FD, b_RF.T, a_DR.T, alpha=self.scale)
 
     def dense_weight(self) -> Tensor:
         return self.merged().float()
 
 
+class SharedMap(LoRAMap):
+    """``LoRAMap`` whose W0 is trained, and the same tensor in every block."""
+
+    def matrix(self) -> Tensor:
+        assert self.shared is not None, "a map that shares its matrix is made with its model"
+        return self.shared.weight
+
+    def with_update(self, a_DR, b_RF):
+        return wider_factors(self.A, self.B, a_DR, b_RF / self.scale)
+
+
 class ReLoRAMap(LoRAMap):
     """``LoRAMap`` with the events ``merge`` and ``reset``."""
 
-    def __init__(self, tensors, scale: float, kept_frac: float):
+    def __init__(self, tensors, scale: float, kept_frac: float, keeps_largest: bool):
         super().__init__(tensors, scale)
-        self.kept_frac = kept_frac
+        self.kept_frac, self.keeps_largest = kept_frac, keeps_largest
 
     @torch.no_grad()
     def run_event(self, event: str, generator: Generator) -> tuple[Forget, ...]:
@@ -84,7 +101,8 @@ class ReLoRAMap(LoRAMap):
         Numerics: the sum in fp32 or better, then one rounding to the dtype of W0.
         """
         if event == "reset":
-            return tuple(Forget(name, self.kept_frac) for name in ("A", "B"))
+            kept = "largest" if self.keeps_largest else "random"
+            return tuple(Forget(name, kept_frac=self.kept_frac, kept=kept) for name in ("A", "B"))
         assert event == "merge", event
         self.weight.copy_(self.merged())
         bound = self.A.shape[0] ** -0.5

@@ -6,12 +6,17 @@ Deviation: positions of the support are int32, not int64.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 from crnet.linears import Parameterization
-from crnet.linears._declarations import TABLE_RANKS, above_zero, dense_backward, dense_work, pair
+from crnet.linears._declarations import (
+    TABLE_RANKS,
+    above_zero,
+    dense_backward,
+    dense_work,
+    pair,
+    share,
+)
 from crnet.specs import OWN, Product, Slot, TensorSpec, Work, constant, in_each_way, uniform
 
 MOST_ITEMS = 2**31 - 1
@@ -38,8 +43,8 @@ class SLTrain(Parameterization):
     def problems(self, options: SLTrainOptions, slots) -> list[str]:
         found = above_zero(self.name, alpha=options.alpha)
         if not 0 < options.delta <= 1:
-            share = f"--model.sltrain.delta is {options.delta}; it is a share and must lie in "
-            return [*found, f"{share}(0, 1]"]
+            words = f"--model.sltrain.delta is {options.delta}; it is a share and must lie in "
+            return [*found, f"{words}(0, 1]"]
         sizes = {(slot.position, slot.in_size, slot.out_size) for slot in slots}
         for position, in_size, out_size in sorted(sizes):
             where = f"the map {position} ({in_size} x {out_size})"
@@ -108,8 +113,7 @@ class SLTrain(Parameterization):
 
 
 def _num_values(in_size: int, out_size: int, delta: float) -> int:
-    """``floor(delta D F)`` of the decimal that was written: 0.29 of 100 items are 29."""
-    return math.floor(Fraction(str(delta)) * in_size * out_size)
+    return share(delta, in_size * out_size)
 
 
 METHODS = [SLTrain()]

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from crnet.errors import ConfigError
 from crnet.optimizers import MASTER, _torch
+from crnet.optimizers._torch import loss_of
 from crnet.specs import TensorSpec
 
 ITEMS_AT_ONCE = 1 << 24
@@ -98,10 +99,7 @@ class LowPrecision(_torch.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of every parameter that has a gradient; the method's own once a bucket."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             group["num_updates"] += 1
         self._hand_groups()

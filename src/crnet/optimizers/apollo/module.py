@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crnet.optimizers import Settings, param_groups
 from crnet.optimizers._projection import gaussian, is_right, project, seed_of
-from crnet.optimizers._torch import Optimizer
+from crnet.optimizers._torch import Optimizer, loss_of
 from crnet.specs import TensorSpec
 
 TINY = 1e-8
@@ -44,10 +44,7 @@ class ProjectedAdam(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of every tensor that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 if parameter.grad is not None:

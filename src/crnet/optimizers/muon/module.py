@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crnet.optimizers import Settings, param_groups
-from crnet.optimizers._torch import AdamW, Optimizer, body
+from crnet.optimizers._torch import AdamW, Optimizer, body, loss_of
 from crnet.specs import TensorSpec
 
 
@@ -60,10 +60,7 @@ class MuonAndAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for name, part in self.parts.items():
             part.state = self.state
             part.param_groups = [group for group in self.param_groups if group["part"] == name]

@@ -97,27 +97,37 @@ def naive_average(state: Sequence[Tensor], weight_D: Tensor, eps: float) -> Tens
     return (share_SBT1 * v_SBTD).sum(0)
 
 
-class Average(nn.Module):
-    """Reads the average of all that was written; a write adds one tensor to the state."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size))
-
-    def read(self, state: tuple[Tensor, ...]) -> Tensor:
-        return average(state, self.weight, self.eps)
-
-    def write(self, state: tuple[Tensor, ...], y_BTD: Tensor) -> tuple[Tensor, ...]:
-        return (*state, y_BTD)
-
-
 class First(nn.Module):
-    """Around the first sublayer, which gets the embedding."""
+    """Around the first sublayer, which gets the embedding; what it writes begins a group."""
+
+    def __init__(self, adds: bool = False, copies: bool = False):
+        """
+        Args:
+            adds: whether a write adds to the group that has begun.
+            copies: whether a group is a tensor of its own, in the embedding's dtype; otherwise it
+                is what the sublayer wrote.
+        """
+        super().__init__()
+        self.adds, self.copies = adds, copies
 
     def read(self, state: tuple[Tensor, ...]) -> Tensor:
         (x_BTD,) = state
         return x_BTD
 
     def write(self, state: tuple[Tensor, ...], y_BTD: Tensor) -> tuple[Tensor, ...]:
-        return (*state, y_BTD)
+        if not self.copies:
+            return (*state, y_BTD)
+        y_BTD = y_BTD.to(state[0].dtype, copy=not self.adds)
+        return (*state[:-1], state[-1] + y_BTD) if self.adds else (*state, y_BTD)
+
+
+class Average(First):
+    """Reads the average of all that was written."""
+
+    def __init__(self, size: int, eps: float, adds: bool = False, copies: bool = False):
+        super().__init__(adds, copies)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def read(self, state: tuple[Tensor, ...]) -> Tensor:
+        return average(state, self.weight, self.eps)

@@ -1,0 +1,1 @@
+"""What other programs read of a checkpoint, as plain text and JSON: no transformers is imported."""
