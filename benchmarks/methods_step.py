@@ -9,7 +9,9 @@ training takes: forward, loss, backward, clipping, optimizer, events. ``ratio`` 
 the rounds of a method's time over full rank's in the same round; ``flops_ratio`` is what the cost
 model counts, products alone; ``over`` their quotient, which the package wants below 1.3.
 ``kept_bytes`` is what blocks keep of a token, nothing recomputed; ``flat_s`` the step on eight
-tokens: what a step costs besides its products, the optimizer above all.
+tokens: what a step costs besides its products, the optimizer above all. The process has malloc
+and waiting threads as ``crnet train`` has them (``crnet.cli.environment``): without, a method that
+writes many large tensors pays for fresh pages up to a fifth of its step, which training does not.
 
 JSON: benchmark, date, command, options, processor, cores, code, tokens, bar, full, methods.
 """
@@ -23,6 +25,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from crnet.cli import environment
+
+if __name__ == "__main__":
+    environment.as_trained()
 
 import torch
 from heading import heading, write

@@ -12,7 +12,8 @@ Two defaults cost a step much of its time there, and neither can be set once tor
 A variable that the user has set stays, and so does everything where cores are many: many sleepers
 take long to wake, and there a spinning thread disturbs nobody. No number changes, only its time.
 ``--no-tune-process`` or ``CRNET_TUNE_PROCESS=0`` leaves the environment as it is; what was set is
-in ``run.json``. Only the program ``crnet`` does this: nothing happens to who imports the package.
+in ``run.json``. Only programs do this, ``crnet`` and those that measure steps: nothing happens to
+who imports the package.
 """
 
 from __future__ import annotations
@@ -67,6 +68,14 @@ def tune(words: Sequence[str]) -> None:
         raise ConfigError(f"{SWITCH} is {switch!r}; it must be 0 or 1")
     if switch == "0" or FLAG in words or _command(words) is None or not _is_program():
         return
+    as_trained()
+
+
+def as_trained() -> None:
+    """The same for a program that measures what training takes; call it before torch is imported.
+
+    Executes the program once more where malloc is among what is missing; then this does not return.
+    """
     added = missing(os.environ, sys.platform, glibc(), num_cores())
     if "GLIBC_TUNABLES" in added:
         if _EXECUTED not in sys._xoptions:
