@@ -26,6 +26,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from crnet.compare.processes import message
+
 VALIDATION_LINES = 2000
 QUICK_CORPUS = f"--data.source {Path(__file__).parent}/*.py --data.documents line".split()
 QUICK_COMMON = (
@@ -111,18 +113,6 @@ def train(words: Sequence[str]) -> str | None:
     if process.returncode == 0:
         return None
     return message(errors) or f"exit code {process.returncode}"
-
-
-def message(errors: str) -> str:
-    """The last paragraph of what a program wrote to stderr, without the frame around it."""
-    lines = [line.strip("╭╮╰╯│─ ") for line in errors.splitlines()]
-    last: list[str] = []
-    for line in reversed(lines):
-        if line:
-            last.insert(0, line)
-        elif last:
-            break
-    return " ".join(last[-4:])
 
 
 def train_here(words: Sequence[str]) -> str | None:

@@ -72,6 +72,7 @@ SHORT: dict[str, Changes] = {
     "paper": {},
     "protocol": {},
     "check-plugin": {},
+    "sweep": SHAPE | DATA | STEPS | {"--train.steps": "8"},
     "demo": {"--quick": "", "--steps": "2", "--out": "demo"},
 }
 """By command. What costs nothing is run as it stands."""

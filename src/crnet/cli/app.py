@@ -46,6 +46,7 @@ COMMANDS = {
     "export": "export",
     "list": "listing",
     "demo": "demo",
+    "sweep": "sweep",
     "paper": "paper",
     "protocol": "protocol",
     "check-plugin": "check_plugin",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from crnet.config.check import check
 from crnet.config.sections import RunConfig
@@ -19,9 +22,21 @@ from crnet.data.prepare import prepare
 from crnet.errors import ConfigError, ReportedError
 from crnet.inference.load import pick_device
 from crnet.parallel.cores import num_cores
-from crnet.train.signals import Stop, signals
+from crnet.train.signals import signals
 
 PROGRAM = __name__.partition(".")[0]
+FRAME = "╭╮╰╯│─ "
+"""What stands around an error on a terminal."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended."""
+
+    figures: dict[str, Any]
+    """What ``crnet train --json`` says; empty: it failed."""
+    problem: str | None = None
+    """What it said on stderr when it failed."""
 
 
 def train_all(
@@ -38,57 +53,130 @@ def train_all(
         ConfigError: a configuration is wrong; a run was refused or failed (it has said why on
             stderr); or a signal stopped them: each has saved, and ``crnet train --resume`` goes on.
     """
+    found = {}
+    mend = "start it once more, in another folder"
+    runs = ended(configs, out, jobs=None, mend=mend, bars=progress)
+    with contextlib.closing(runs):
+        for name, each in runs:
+            if each.problem is not None:
+                raise ReportedError("a run has failed")
+            found[name] = each.figures
+    return {name: found[name] for name in configs}
+
+
+def ended(
+    configs: Mapping[str, RunConfig],
+    out: Path,
+    *,
+    jobs: int | None,
+    mend: str,
+    bars: bool = False,
+    goes_on: bool = False,
+) -> Generator[tuple[str, Ended], None, None]:
+    """Train every run, so many at a time; each as soon as it has ended.
+
+    Closed before its end, by an error of the caller's too, it asks those that run to save and stop.
+
+    Args:
+        configs: by name; ``out / name`` is the folder of a run.
+        jobs: None: ``jobs_of``.
+        mend: what to do after a signal.
+        bars: show the progress and the errors of each run on stderr; else its errors are kept for
+            ``Ended.problem``.
+        goes_on: go on with what was begun in a folder.
+    Raises:
+        ConfigError: a configuration is wrong, or a signal stopped them.
+    """
     for config in configs.values():
         check(config)  # here: a process of its own would say it again
-    names = list(configs)
-    first = configs[names[0]]
-    prepare(first.data, progress=progress)  # once, and the runs find it
-    on_cpu = pick_device(first.train.device).type == "cpu"
-    at_once = min(num_cores(), len(names)) if on_cpu else 1
-    ended: dict[str, dict[str, Any]] = {}
-    with signals() as stop:
-        for start in range(0, len(names), at_once):
-            some = {name: configs[name] for name in names[start : start + at_once]}
-            ended |= _together(some, out, num_cores() // at_once, progress, stop)
-    return ended
-
-
-def _together(
-    configs: Mapping[str, RunConfig], out: Path, threads: int, progress: bool, stop: Stop
-) -> dict[str, dict[str, Any]]:
-    """These runs at the same time, each with so many threads."""
-    if progress:
-        steps = " and ".join(f"{name} ({it.train.steps} steps)" for name, it in configs.items())
+    for data in {repr(each.data): each.data for each in configs.values()}.values():
+        prepare(data, progress=bars)  # once, and the runs find it
+    jobs = jobs or jobs_of(next(iter(configs.values())), len(configs))
+    threads = max(num_cores() // jobs, 1)
+    waiting, running = list(configs.items()), list[_Run]()
+    if bars:
+        steps = " and ".join(f"{name} ({each.train.steps} steps)" for name, each in waiting)
         print(f"training {steps}", file=sys.stderr)
-    started: dict[str, subprocess.Popen[str]] = {}
-    try:
-        for line, (name, config) in enumerate(configs.items()):
-            started[name] = _start(config, out / name, threads, line, progress)
-        while None in (codes := [each.poll() for each in started.values()]):
-            if stop.requested or any(codes):
-                break
-            time.sleep(0.1)
-    finally:
-        for each in started.values():
-            if each.poll() is None:
-                each.send_signal(signal.SIGTERM)  # it saves
-        outputs = {name: each.communicate()[0] for name, each in started.items()}
-    if stop.requested:
-        raise ConfigError(f"{stop.requested} stopped it; start it once more, in another folder")
-    if any(each.returncode for each in started.values()):
-        raise ReportedError("a run has failed")
-    return {name: json.loads(text) for name, text in outputs.items()}
+    with signals() as stop:
+        try:
+            while (waiting or running) and stop.requested is None:
+                while waiting and len(running) < jobs:
+                    name, config = waiting.pop(0)
+                    free = next(iter({*range(jobs)} - {each.line for each in running}))
+                    words = [*command(config, threads), "--out", str(out / name)]
+                    words += ["--resume", "auto"] if goes_on else []
+                    running.append(_Run(name, words, threads, free, bars))
+                for each in [each for each in running if each.process.poll() is not None]:
+                    running.remove(each)
+                    yield each.name, each.ended()
+                time.sleep(0.05)
+        finally:
+            for each in running:
+                each.process.send_signal(signal.SIGTERM)  # it saves
+            for each in running:
+                each.process.wait()
+                each.ended()
+        if stop.requested is not None:
+            raise ConfigError(f"{stop.requested} stopped it; {mend}")
 
 
-def _start(
-    config: RunConfig, folder: Path, threads: int, line: int, progress: bool
-) -> subprocess.Popen[str]:
-    """Start a run whose progress bar is on so many lines below the first one's."""
+def jobs_of(config: RunConfig, num_runs: int) -> int:
+    """Runs at a time where nothing is said: a core each on a CPU, one on a GPU."""
+    on_cpu = pick_device(config.train.device).type == "cpu"
+    return min(num_cores(), num_runs) if on_cpu else 1
+
+
+def command(config: RunConfig, threads: int) -> list[str]:
+    """The words that train a run and print its result as JSON."""
     config = override(config, train={"threads": config.train.threads or threads})
-    command = [sys.executable, "-m", PROGRAM, *command_line(config), "--out", str(folder), "--json"]
-    told = {"OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(line), "TQDM_DESC": folder.name}
-    told |= {} if progress else {"TQDM_DISABLE": "1"}
-    # A session of its own: Ctrl-C reaches it once, from here.
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | told, start_new_session=True
-    )
+    return [sys.executable, "-m", PROGRAM, *command_line(config), "--json"]
+
+
+class _Run:
+    """A process, and the files that it writes its output to."""
+
+    def __init__(self, name: str, words: list[str], threads: int, line: int, bar: bool):
+        self.name, self.line = name, line
+        """Its progress bar is so many lines below the first one's."""
+        self._output = _file()
+        self._errors = None if bar else _file()
+        told = {"OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(line), "TQDM_DESC": name}
+        told |= {} if bar else {"TQDM_DISABLE": "1"}
+        # A session of its own: Ctrl-C reaches it once, from here.
+        self.process = subprocess.Popen(
+            words,
+            stdout=self._output,
+            stderr=self._errors,
+            env=os.environ | told,
+            start_new_session=True,
+        )
+
+    def ended(self) -> Ended:
+        """What it wrote."""
+        printed = _read(self._output)
+        problem = message(_read(self._errors)) if self._errors else ""
+        if self.process.returncode == 0:
+            return Ended(json.loads(printed))
+        return Ended({}, problem or f"exit code {self.process.returncode}")
+
+
+def _file() -> IO[str]:
+    """One without a name, that is gone once it is closed."""
+    return tempfile.TemporaryFile("w+", encoding="utf-8")
+
+
+def _read(file: IO[str]) -> str:
+    with file:
+        file.seek(0)
+        return file.read()
+
+
+def message(errors: str) -> str:
+    """The last paragraph of what a program wrote to stderr, without the frame around it."""
+    last: list[str] = []
+    for line in reversed([each.strip(FRAME) for each in errors.splitlines()]):
+        if line:
+            last.insert(0, line)
+        elif last:
+            break
+    return " ".join(last[-4:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -97,6 +98,45 @@ def build(cls: Any, values: Mapping[str, Any], where: str = "") -> Any:
     if problems:
         raise ConfigError(problems)
     return cls(**built)
+
+
+def with_text(config: RunConfig, key: str, text: str) -> RunConfig:
+    """The configuration with another value, as a command line would give it.
+
+    >>> with_text(RunConfig(), "optimizer.lr", "3e-3").optimizer.lr
+    0.003
+
+    Args:
+        key: with its section, as ``optimizer.lr`` or ``model.crnet.beta-init``.
+    Raises:
+        ConfigError: there is no such key, or the text is no value of its type.
+    """
+
+    def changed(section: Any, path: list[str]) -> Any:
+        name, *rest = path
+        known = {field.name for field in dataclasses.fields(section)}
+        if name not in known or bool(rest) != dataclasses.is_dataclass(getattr(section, name)):
+            near = difflib.get_close_matches(key, [each for each, _ in flags(config)], n=1)
+            hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
+            raise ConfigError(f"there is no key {key}{hint}")
+        if rest:
+            return dataclasses.replace(section, **{name: changed(getattr(section, name), rest)})
+        hint = typing.get_type_hints(type(section))[name]
+        return dataclasses.replace(section, **{name: _from_text(hint, text, key)})
+
+    return changed(config, key.replace("-", "_").split("."))
+
+
+def _from_text(hint: Any, text: str, where: str) -> Any:
+    """The first of a text's readings that is of the type."""
+    readings: list[Any] = [{"none": None, "true": True, "false": False}.get(text.lower(), text)]
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            readings.append(number(text))
+    for reading in [*readings, text]:
+        with contextlib.suppress(ConfigError):
+            return _coerce(hint, reading, where)
+    return _coerce(hint, text, where)  # says what is wrong
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:

@@ -271,7 +271,7 @@ def _bar(steps: int, done: int, show: bool) -> tqdm[Any]:
         total=steps,
         initial=done,
         unit="step",
-        disable=not show,
+        **({} if show else {"disable": True}),  # shown: unless TQDM_DISABLE says otherwise
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file wants few lines
     )
