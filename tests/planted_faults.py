@@ -354,14 +354,14 @@ FAULTS = [
     ),
     fault(
         "gradient of LoRA's B without the scale",
-        "linears/lora/module.py",
+        "linears/_updated.py",
         "(z_MR.T @ dy_MF).mul_(ctx.scale)",
         "(z_MR.T @ dy_MF)",
         FORMULA,
     ),
     fault(
         "a shared matrix's gradient has the update's scale",
-        "linears/lora/module.py",
+        "linears/_updated.py",
         "dweight_FD = dy_MF.T @ x_MD if wants_weight else None",
         "dweight_FD = (dy_MF.T @ x_MD).mul_(ctx.scale) if wants_weight else None",
         f"{CROSS}::test_a_shared_map_is_its_formula",
@@ -375,9 +375,9 @@ FAULTS = [
     ),
     fault(
         "ReLoRA merges without the scale",
-        "linears/lora/module.py",
-        "torch.addmm(weight_FD, b_RF.T, a_DR.T, alpha=self.scale)",
-        "torch.addmm(weight_FD, b_RF.T, a_DR.T)",
+        "linears/_updated.py",
+        "torch.addmm(weight_FD, b_RF.T, a_DR.T, beta=share, alpha=scale)",
+        "torch.addmm(weight_FD, b_RF.T, a_DR.T, beta=share)",
         "test_linears_methods.py::test_relora_merge",
     ),
     fault(
