@@ -11,9 +11,10 @@ from typing import Any
 
 from crnet import architectures, linears, optimizers, schedules, streams
 from crnet.config.check_adapter import adapter_problems, unused_problems
+from crnet.config.check_changing import changing_problems
 from crnet.config.check_pipeline import pipeline_problems
 from crnet.config.check_tensor import tensor_problems
-from crnet.config.model_spec import ModelSpec, config_at, model_spec
+from crnet.config.model_spec import ModelSpec, model_spec
 from crnet.config.sections import (
     SECTIONS,
     SIZES,
@@ -75,7 +76,7 @@ def parallel_problems(config: RunConfig) -> Iterator[str]:
     """What processes cannot share."""
     yield from pipeline_problems(config)
     yield from tensor_problems(config)
-    yield from _changing_problems(config)
+    yield from changing_problems(config)
     if config.parallel.checkpoint == "parts" and config.parallel.shard == 1:
         yield (
             "--parallel.checkpoint parts is for what --parallel.shard splits; leave it out, or say "
@@ -98,24 +99,6 @@ def parallel_problems(config: RunConfig) -> Iterator[str]:
             "--parallel.shard with --train.precision bf16: norms and gains have an fp32 master or "
             "are fp32, and fully_shard takes blocks of one dtype; say --train.precision bf16-mixed"
         )
-
-
-def _changing_problems(config: RunConfig) -> Iterator[str]:
-    """What does not go with a model that is another one some steps later."""
-    flag = f"with --model.linear {config.model.linear}"
-    if config_at(config, 0).model == config_at(config, 1).model:
-        return
-    if config.train.compile:
-        yield (
-            f"--train.compile {flag}: its maps change with every step, and each block would be "
-            "compiled anew; leave it out"
-        )
-    for size, what in (("pipeline", "stages hold"), ("shard", "shards were made with")):
-        if getattr(config.parallel, size) > 1:
-            yield (
-                f"--parallel.{size} {flag}: tensors leave its maps in mid-run, which {what}; "
-                "say --parallel.data"
-            )
 
 
 def _positive(*values: float | None) -> bool:

@@ -108,7 +108,9 @@ def check_same_run(saved: Checkpoint, config: RunConfig, hashes: Mapping[str, st
         ConfigError: with every key, and every input, that it may not have otherwise; or fewer
             steps are wanted than are done.
     """
-    found = list(changes(saved.config, config_at(config, saved.progress.step)))
+    is_same_linear = saved.config.model.linear == config.model.linear
+    now = config_at(config, saved.progress.step) if is_same_linear else config
+    found = list(changes(saved.config, now))
     problems = [
         f"{change.flag} was {change.was!r} and is now {change.now!r}; a resumed run keeps it"
         for change in found
