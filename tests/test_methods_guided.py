@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import test_linears_methods as methods
+import test_parallel as parallel
 import test_step as steps
 from crnet import linears
 from crnet.config.check import check
@@ -369,6 +371,33 @@ def test_the_export_is_that_of_low_rank(whole_run: Path, tmp_path: Path):
             assert path.read_bytes() == (tmp_path / "ours" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes")
+def test_copies_go_on_across_the_end(corpus: Path, tmp_path: Path):
+    """Two processes: stopped before the guide ends and at its end, as never stopped; then one goes
+    on with what two began (another order of sums: 1e-3, as ``test_parallel`` has it)."""
+    config = override(parallel.configured(corpus, "guided", data=2), train={"save_every_steps": 1})
+    runs = [parallel.Run("whole", config, "whole")]
+    for step in (2, 3):
+        stopped = override(config, train={"stop_after_steps": step})
+        runs.append(parallel.Run(f"to {step}", stopped, f"stopped {step}"))
+        runs.append(parallel.Run(f"from {step}", config, f"stopped {step}", resume=True))
+    runs.append(parallel.Run("two", override(config, train={"stop_after_steps": 2}), "then alone"))
+    parallel.launch(2, tmp_path, runs)
+    for step in (2, 3):
+        assert_same_run(tmp_path / f"stopped {step}", tmp_path / "whole", parallel.STEPS)
+    assert not any(
+        "weight" in name and "proj" in name for name in saved(tmp_path / "whole", 3).weights()
+    )
+    run(parallel.configured(corpus, "guided"), tmp_path / "then alone", resume=True)
+    ours = saved(tmp_path / "then alone", parallel.STEPS).weights()
+    theirs = saved(tmp_path / "whole", parallel.STEPS).weights()
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-3, msg=name)
+
+
 # --- steps from near ------------------------------------------------------------------------------
 
 
@@ -404,6 +433,16 @@ def test_an_optimizer_takes_over_what_it_is_like_to_be_built_anew():
     ]
     assert {float(state["step"]) for state in ours["state"].values()} == {3.0}
     assert step.optimizer.state.keys() == set(step.model.parameters())
+
+
+def test_random_bits_go_on_from_where_they_were():
+    """The number of updates, which seeds the rounding of bf16 weights, does not begin anew."""
+    options = {"linear": "self-guided", "self_guided": {"guided_steps": 2}}
+    config = override(steps.TINY, model=options, train={"precision": "bf16"})
+    step = steps.make_step(config, late=False)
+    for number in range(3):
+        step(steps.batch(number), steps.at(number), None)
+    assert [group["num_updates"] for group in step.optimizer.param_groups] == [3, 3, 3]
 
 
 def test_decoding_beside_a_guide():
