@@ -130,25 +130,27 @@ def costs(title: str, method: Any) -> list[str]:
     except ConfigError as error:
         return [f"## Cost\n\nNot answered at the shape of `{PRESET}`: {error}"]
     work, full = workload(config), workload(chosen("parameterizations", "full"))
+    end = work.at_end()
+    columns = {"here": work, **({"at the end": end} if end else {}), "full rank": full}
     lines = [
         "## Cost",
         "",
         f"At the shape of `{PRESET}`{_ranks(title, work)}, fp32, {work.micro_batch.sequences} x "
         f"{work.micro_batch.length} tokens a step; beside full rank under AdamW.",
         "",
-        "| | here | full rank |",
-        "|---|---|---|",
-        *("| {} | {} | {} |".format(*row) for row in rows(work, full, names)),
+        f"| | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+        *(f"| {' | '.join(row)} |" for row in rows(list(columns.values()), names)),
     ]
     if is_optimizer:
         return ["\n".join(lines)]
     return ["\n".join(lines), "\n".join(["## Runs with", "", *allowed(config, work)])]
 
 
-def rows(work: Workload, full: Workload, names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Figure by figure, of a run and of full rank."""
+def rows(works: Sequence[Workload], names: Sequence[str]) -> Iterator[list[str]]:
+    """Figure by figure, of each of these."""
     for name in names:
-        yield name, FIGURES[name](work), FIGURES[name](full)
+        yield [name, *(FIGURES[name](work) for work in works)]
 
 
 def state_of(name: str, work: Workload) -> str:

@@ -67,6 +67,7 @@ EVALUATION = "test_train.py::test_evaluation_is_the_mean_over_tokens"
 RESUMED = "test_checkpoint.py::test_died_between_checkpoints_and_resumed"
 PARTS = "test_tensor.py::test_as_one_process"
 CROSS = "test_methods_cross_layer.py"
+GUIDED = "test_methods_guided.py"
 COST = "test_cost.py::test_kept_bytes_and_flops_are_exact"
 
 FAULTS = [
@@ -354,14 +355,14 @@ FAULTS = [
     ),
     fault(
         "gradient of LoRA's B without the scale",
-        "linears/lora/module.py",
+        "linears/_updated.py",
         "(z_MR.T @ dy_MF).mul_(ctx.scale)",
         "(z_MR.T @ dy_MF)",
         FORMULA,
     ),
     fault(
         "a shared matrix's gradient has the update's scale",
-        "linears/lora/module.py",
+        "linears/_updated.py",
         "dweight_FD = dy_MF.T @ x_MD if wants_weight else None",
         "dweight_FD = (dy_MF.T @ x_MD).mul_(ctx.scale) if wants_weight else None",
         f"{CROSS}::test_a_shared_map_is_its_formula",
@@ -375,9 +376,9 @@ FAULTS = [
     ),
     fault(
         "ReLoRA merges without the scale",
-        "linears/lora/module.py",
-        "torch.addmm(weight_FD, b_RF.T, a_DR.T, alpha=self.scale)",
-        "torch.addmm(weight_FD, b_RF.T, a_DR.T)",
+        "linears/_updated.py",
+        "torch.addmm(weight_FD, b_RF.T, a_DR.T, beta=share, alpha=scale)",
+        "torch.addmm(weight_FD, b_RF.T, a_DR.T, beta=share)",
         "test_linears_methods.py::test_relora_merge",
     ),
     fault(
@@ -421,6 +422,49 @@ FAULTS = [
         "chosen.index_fill_(forget.dim, ",
         "chosen.index_fill_(0, ",
         "test_methods_events.py::test_rows_or_columns_are_forgotten",
+    ),
+    fault(
+        "a guide never fades",
+        "linears/self_guided/module.py",
+        "self.matrix_share, self.scale = options.rho, 1 - options.rho",
+        "self.matrix_share, self.scale = 1.0, 0.0",
+        f"{GUIDED}::test_a_run_goes_on_from_any_step[4]",
+    ),
+    fault(
+        "a guide leaves a step late",
+        "linears/self_guided/__init__.py",
+        "if done >= guided:",
+        "if done > guided:",
+        f"{GUIDED}::test_options_follow_from_the_step",
+        f"{GUIDED}::test_the_guide_is_gone_from_a_checkpoint",
+    ),
+    fault(
+        "a guide's gradient without its share",
+        "linears/_updated.py",
+        "dweight_FD.mul_(ctx.share)",
+        "dweight_FD.mul_(1)",
+        "test_linears_methods.py::test_formula[self-guided]",
+    ),
+    fault(
+        "moments are lost where tensors leave a model",
+        "optimizers/__init__.py",
+        "optimizer.state[parameter] = former.state[parameter]",
+        "optimizer.state[parameter] = {}",
+        f"{GUIDED}::test_an_optimizer_takes_over_what_it_is_like_to_be_built_anew",
+    ),
+    fault(
+        "counts of updates are lost where tensors leave a model",
+        "optimizers/__init__.py",
+        'group.update({key: was[key] for key in was if key not in ("params", "names")})',
+        'group.update({key: was[key] for key in was if key == "lr"})',
+        f"{GUIDED}::test_random_bits_go_on_from_where_they_were",
+    ),
+    fault(
+        "a checkpoint does not say how far its guide is",
+        "train/loop.py",
+        "        config = config_at(step.config, at.step)\n        files, beside",
+        "        config = step.config\n        files, beside",
+        f"{GUIDED}::test_a_checkpoint_is_read_without_its_step[4]",
     ),
     fault(
         "SST's vectors take the true gradient",

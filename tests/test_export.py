@@ -24,7 +24,7 @@ VOCAB_SIZE = 300
 MODELS = one_of_every_method(vocab_size=VOCAB_SIZE)
 MERGES = (
     *("blast", "full", "lora", "loro", "lowrank", "relora", "rso", "shared", "sltrain", "sst"),
-    *("switchlora", "velora"),
+    *("self-guided", "switchlora", "velora"),
 )
 """Parameterizations whose maps are matrices."""
 

@@ -116,7 +116,7 @@ def adapters() -> dict[str, Any]:
 
 
 NEEDS_MATRIX = {"DoRA", "AdaLoRA", "HRA"}
-HAVE_MORE = ("lora", "relora", "rso", "switchlora", "value-resformer", "velora")
+HAVE_MORE = (*("lora", "relora", "rso", "self-guided", "switchlora", "value-resformer", "velora"),)
 """Parameterizations with a matrix beside which their maps have more."""
 
 

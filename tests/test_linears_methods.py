@@ -40,6 +40,7 @@ from crnet.linears.lora import LoRAOptions, ReLoRAOptions, SwitchLoRAOptions
 from crnet.linears.loro import LOROOptions
 from crnet.linears.lost import LOSTOptions
 from crnet.linears.rso import RSOOptions
+from crnet.linears.self_guided import SelfGuidedOptions
 from crnet.linears.sltrain import SLTrainOptions
 from crnet.linears.sst import SSTOptions
 from crnet.linears.value_resformer import ValueResFormerOptions
@@ -138,6 +139,12 @@ def naive_lora(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]
     return y, y
 
 
+def naive_guided(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``rho W x + (1 - rho) B A x``, rho (1 + cos(pi / 3)) / 2 = 0.75 after 3 of 9 steps."""
+    y = 0.75 * (x @ m.weight.T) + 0.25 * (x @ m.A @ m.B)
+    return y, y
+
+
 def naive_rso(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """``x W^T + (x P) B``."""
     y = x @ m.weight.T + x @ m.P @ m.B
@@ -186,6 +193,7 @@ def naive_lax(m: Any, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
 
 LORA = LoRAOptions(alpha=6.0)
 RELORA = ReLoRAOptions(alpha=6.0, merge_every=20, reset_every=30, kept_frac=0.25)
+GUIDED = SelfGuidedOptions(guided_steps=9, done_steps=3)
 SPARSE = SLTrainOptions(delta=0.3, alpha=6.0)
 SCALAR = LaXOptions(gate="scalar")
 CASES = {
@@ -201,6 +209,8 @@ CASES = {
     "blast-uneven": Case("blast", BLASTOptions(blocks=7), 0, naive_blast),
     "lora": Case("lora", LORA, 1, naive_lora),
     "relora": Case("relora", RELORA, 0, naive_lora),
+    "self-guided": Case("self-guided", GUIDED, 1, naive_guided),
+    "self-guided-gone": Case("self-guided", SelfGuidedOptions(guided_steps=0), 1, naive_loro),
     "rso": Case("rso", RSOOptions(), 1, naive_rso),
     "sltrain": Case("sltrain", SPARSE, 1, naive_sltrain),
     "sst": Case("sst", SSTOptions(), 1, naive_sst),

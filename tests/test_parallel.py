@@ -83,6 +83,7 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"linear": "relora", "relora": {"merge_every": 2, "reset_every": 2}},
         "optimizer": {"name": "muon"},
     },
+    "guided": {"model": {"linear": "self-guided"}, "train": {"micro_batch_size": 2}},
     "packed": {"train": {"keep_as": "nf4"}},
     "compiled": {"train": {"compile": True, "micro_batch_size": 2}},
 }
@@ -109,11 +110,13 @@ FAST = (
     ("tensor", "plain"),
 )
 """Those of two processes that are not slow: one start serves them."""
+NOT_SPLIT = ("bf16", "guided")
+"""What ``--parallel.shard`` refuses."""
 FEW = ("plain", "accumulated", "muon", "apollo")
 RUN = [what for what in WHAT if what != "compiled" or NO_COMPILER is None]
 SLOW = (
     *(("data", what) for what in RUN if "parts" not in what and ("data", what) not in FAST),
-    *(("shard", what) for what in RUN if what != "bf16" and ("shard", what) not in FAST),
+    *(("shard", what) for what in RUN if what not in NOT_SPLIT and ("shard", what) not in FAST),
     *(("data x shard", what) for what in FEW),
     *(("data 4", what) for what in FEW[:2]),
     ("data x shard x pipeline", "accumulated"),

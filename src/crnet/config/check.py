@@ -11,6 +11,7 @@ from typing import Any
 
 from crnet import architectures, linears, optimizers, schedules, streams
 from crnet.config.check_adapter import adapter_problems, unused_problems
+from crnet.config.check_changing import changing_problems
 from crnet.config.check_pipeline import pipeline_problems
 from crnet.config.check_tensor import tensor_problems
 from crnet.config.model_spec import ModelSpec, model_spec
@@ -75,6 +76,7 @@ def parallel_problems(config: RunConfig) -> Iterator[str]:
     """What processes cannot share."""
     yield from pipeline_problems(config)
     yield from tensor_problems(config)
+    yield from changing_problems(config)
     if config.parallel.checkpoint == "parts" and config.parallel.shard == 1:
         yield (
             "--parallel.checkpoint parts is for what --parallel.shard splits; leave it out, or say "

@@ -15,7 +15,7 @@ from typing import Any
 from crnet import architectures, linears, streams
 from crnet.architectures import Architecture
 from crnet.config.adapter import Adapter
-from crnet.config.sections import ModelConfig, options_of
+from crnet.config.sections import ModelConfig, RunConfig, field_name, options_of
 from crnet.linears import Parameterization
 from crnet.specs import Position, Read, Shape, Slot, Split, TensorSpec, constant, normal
 from crnet.streams import Stream
@@ -272,6 +272,10 @@ class ModelSpec:
         held = self.held
         return found if held is None else {name: found[name] for name in found if name in held}
 
+    def at(self, step: int, num_steps: int) -> ModelSpec:
+        """The model after so many steps of a run that began with this one (``model_at``)."""
+        return dataclasses.replace(self, config=model_at(self.config, step, num_steps))
+
     def whole(self) -> ModelSpec:
         """The model with the tensors of every process."""
         return self if self.held is None else dataclasses.replace(self, held=None)
@@ -294,6 +298,25 @@ def shape_of(config: ModelConfig) -> Shape:
         tie_embeddings=tied if config.tie_embeddings is None else config.tie_embeddings,
         head_size=config.head_size or config.hidden_size // config.num_heads,
     )
+
+
+def model_at(config: ModelConfig, step: int, num_steps: int) -> ModelConfig:
+    """The configuration of a model after ``step`` steps of a run of ``num_steps`` that began with
+    this one (``Parameterization.options_at``); itself where nothing changes."""
+    linear = linears.get(config.linear)
+    was = options_of(config, linear.name)
+    options = linear.options_at(step, num_steps, was)
+    return (
+        config
+        if options == was
+        else dataclasses.replace(config, **{field_name(linear.name): options})
+    )
+
+
+def config_at(config: RunConfig, step: int) -> RunConfig:
+    """The configuration of a run, its model as it is after so many steps."""
+    model = model_at(config.model, step, config.train.steps)
+    return config if model is config.model else dataclasses.replace(config, model=model)
 
 
 def model_spec(config: ModelConfig) -> ModelSpec:

@@ -115,6 +115,7 @@ class RankSpace:
             self.config.optimizer,
             plan_of(micro_batch, train),
             update_of(train),
+            train.steps,
         )
 
     def use(self, ranks: Ranks, kind: Kind) -> float:

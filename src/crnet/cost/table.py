@@ -38,6 +38,7 @@ Section = Literal[
     "flops",
     "communication",
     "seconds",
+    "at the end",
 ]
 Unit = Literal["count", "bytes", "s"]
 
@@ -82,7 +83,21 @@ def cost_rows(work: Workload, on: Device | None = None, ranks: int = 1) -> list[
         *make_rows("flops", "count", step_flops(work, work.plan)),
         *make_rows("communication", "bytes", communication_bytes(work, ranks)),
     ]
-    return rows + (make_rows("seconds", "s", step_seconds(work, work.plan, on)) if on else [])
+    rows += make_rows("seconds", "s", step_seconds(work, work.plan, on)) if on else []
+    return rows + _rows_at_end(work)
+
+
+def _rows_at_end(work: Workload) -> list[CostRow]:
+    """What becomes less, where tensors leave the model in mid-run."""
+    end = work.at_end()
+    if end is None:
+        return []
+    memory = sum(end.state_bytes.values()) + peak_bytes(end.micro_batch, end.plan)
+    return [
+        CostRow("at the end", "parameters", num_parameters(end.spec)["total"], "count"),
+        *make_rows("at the end", "bytes", end.state_bytes | {"memory at the peak": memory}),
+        CostRow("at the end", "FLOPs of a step", step_flops(end, end.plan)["total"], "count"),
+    ]
 
 
 def placed(config: RunConfig, device: str | None) -> tuple[RunConfig, Device | None]:
@@ -140,6 +155,11 @@ def titles(work: Workload, on: Device | None = None, ranks: int = 1) -> dict[Sec
             f"seconds of a step on {on.name}, recompute {policy}; {micro_batch.precision} products "
             f"at {on.product_frac:g} of {rate / 1e12:g} TFLOPS{faster}, "
             f"{on.bytes_per_s / 1e9:g} GB/s; fused: with kernels that are not here yet{without}"
+        )
+    if work.at_end() is not None:
+        found["at the end"] = (
+            f"once tensors of {work.spec.linear.name} have left the model; above: before "
+            f"(bytes in GiB; recompute {policy})"
         )
     return found
 

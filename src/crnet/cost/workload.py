@@ -47,10 +47,21 @@ class Workload:
     plan: RecomputePlan
     update: Bf16Update | None
     """How bf16 weights take their updates; None in another precision."""
+    num_steps: int
+    """Of the run."""
 
     def num_parameters(self) -> int:
         """Items of every tensor."""
         return sum(tensor.num_items for tensor in self.spec.tensors.values())
+
+    def at_end(self) -> Workload | None:
+        """The same with the model that is left after the last step; None: it is this one."""
+        spec = self.spec.at(self.num_steps, self.num_steps)
+        if spec.tensors == self.spec.tensors:
+            return None
+        return dataclasses.replace(
+            self, spec=spec, micro_batch=dataclasses.replace(self.micro_batch, spec=spec)
+        )
 
     @cached_property
     def state_bytes(self) -> dict[str, int]:
@@ -114,6 +125,7 @@ def workload(config: RunConfig) -> Workload:
         config.optimizer,
         plan_of(micro_batch, config.train),
         update_of(config.train),
+        config.train.steps,
     )
 
 

@@ -113,6 +113,15 @@ class Parameterization:
         numbers (``OptimizerMethod.has_codes``)."""
         return False
 
+    def options_at(self, step: int, num_steps: int, options: Any) -> Any:
+        """The options of a model that began with ``options`` and has trained for ``step`` steps of
+        a run of ``num_steps``: a pure function. A checkpoint stores these, so that it is read
+        without the step. At step 0: with whatever hangs on the run's length worked out.
+
+        Their tensors may be fewer than before, never others: the model and the optimizer drop the
+        rest (``LinearMap.take``). Ranks and carries stay."""
+        return options
+
     def from_dense(
         self, slot: Slot, options: Any, weight_FD: Tensor, values: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from crnet.specs import (
     Traffic,
     Work,
     constant,
+    in_each_way,
     normal,
 )
 
@@ -130,6 +131,31 @@ def factors_work(slot: Slot, rows: int, item_bytes: int, gain_bytes: int = 0) ->
         products=factor_products(slot, rows),
         backward_products=factor_backward(slot, rows),
     )
+
+
+def updated_work(slot: Slot, rows: int, item_bytes: int) -> Work:
+    """Of a frozen matrix and a pair of factors whose results are added up (``_updated``)."""
+    frozen = slot.in_size * slot.out_size
+    trained = slot.rank * (slot.in_size + slot.out_size)
+    shrink, grow = factor_products(slot, rows)
+    *of_factors, of_x = factor_backward(slot, rows)
+    frozen_x, _ = dense_backward(slot, rows)
+    scaled = slot.rank * (rows + slot.out_size)
+    return Work(
+        forward_flops=2 * rows * (frozen + trained),
+        backward_flops=2 * rows * (frozen + 2 * trained),
+        weight_items=frozen + trained,
+        kept_bytes=rows * slot.rank * item_bytes,
+        bottleneck_bytes=rows * (slot.out_size + slot.rank) * item_bytes,
+        products=(Product(rows, slot.in_size, slot.out_size), shrink, _accumulated(grow)),
+        backward_products=(*of_factors, _accumulated(of_x), frozen_x),
+        # The scale, of dB and of dZ.
+        backward_passes=in_each_way(2 * scaled * item_bytes, 2),
+    )
+
+
+def _accumulated(product: Product) -> Product:
+    return dataclasses.replace(product, accumulates=True)
 
 
 def activated_work(slot: Slot, rows: int, item_bytes: int) -> Work:

@@ -135,6 +135,10 @@ class LinearMap(nn.Module):
         """
         raise NotImplementedError
 
+    def take(self, options: Any) -> None:
+        """Go by other options of the method (``Parameterization.options_at``). Tensors that these
+        do not declare are None by then."""
+
     def dense_weight(self) -> Tensor:
         """The matrix (F, D) that the map multiplies with, fp32; without the carry."""
         raise NotImplementedError

@@ -23,7 +23,7 @@ from crnet.linears import Parameterization
 from crnet.model.build import build
 from crnet.model.events import run_events
 from crnet.model.language_model import LanguageModel
-from crnet.optimizers import OptimizerMethod, Settings
+from crnet.optimizers import OptimizerMethod, Settings, take_over
 from crnet.optimizers import _low_precision as low_precision
 from crnet.optimizers._low_precision import Bf16Update
 from crnet.schedules import Schedule, Steps
@@ -123,10 +123,15 @@ def train(
     steps: int,
     start: int = 0,
 ) -> list[float]:
-    """Mean loss before each step, events and schedule as in training."""
+    """Mean loss before each step, events and schedule as in training.
+
+    Where tensors leave the model, ``optimizer`` is the one of before, and not to be used again.
+    """
     schedule = schedules.get(example.optimizer.schedule)
     options = options_of(example.optimizer, schedule.name)
     losses = []
+    spec = example.spec
+    model.become(spec.at(start, SCHEDULED_STEPS))
     for step in range(start + 1, start + steps + 1):
         optimizer.zero_grad()
         total, count = model(*batch())
@@ -136,5 +141,8 @@ def train(
             group["lr"] = example.optimizer.lr * group["lr_factor"] * factor
         optimizer.step()
         run_events(model, optimizer, step, seed=0)
+        if model.become(spec.at(step, SCHEDULED_STEPS)):
+            former, optimizer = optimizer, example.build_optimizer(model)
+            take_over(optimizer, former)
         losses.append(float(total.detach() / count))
     return losses

@@ -252,6 +252,27 @@ class LanguageModel(nn.Module):
         """Whether the parameterization has something due after ``step`` optimizer steps."""
         return bool(list(self.spec.linear.events(step, self.spec.linear_options)))
 
+    def become(self, spec: ModelSpec) -> bool:
+        """Be the model that this one is at another step (``ModelSpec.at``): its maps take the
+        options, and drop what these no longer declare.
+
+        Returns: whether any tensor is gone.
+        """
+        if spec.linear_options == self.spec.linear_options:
+            return False
+        spec = dataclasses.replace(self.spec, config=spec.config)  # stored as this one is
+        gone = self.spec.tensors.keys() - spec.tensors.keys()
+        for block in self.model.blocks():
+            for slot in spec.slots[block.layer_idx]:
+                mapped = block.maps[slot.position]
+                owner = spec.map_name(slot)
+                for name in [name for name, _ in mapped.named_parameters(recurse=False)]:
+                    if f"{owner}.{name}" in gone:
+                        mapped.register_parameter(name, None)
+                mapped.take(spec.linear_options)
+        self.spec = self.model.spec = spec
+        return bool(gone)
+
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
         """Meanwhile every map looks at what it reads (``LinearMap.look``)."""

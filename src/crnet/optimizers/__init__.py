@@ -179,6 +179,21 @@ def _split_as(state: Any, lost: Tensor) -> Tensor:
     return distribute_tensor(lost, state.device_mesh, state.placements, src_data_rank=None)
 
 
+def take_over(optimizer: Optimizer, former: Optimizer) -> None:
+    """Give an optimizer the state that a former one has of the same parameters, and what it counts.
+
+    The former one may have had more parameters: the state of those is left behind, as in a resumed
+    run that never had them.
+    """
+    group_of = {each: group for group in former.param_groups for each in group["params"]}
+    for group in optimizer.param_groups:
+        was = group_of[group["params"][0]]
+        group.update({key: was[key] for key in was if key not in ("params", "names")})
+        for parameter in group["params"]:
+            if parameter in former.state:
+                optimizer.state[parameter] = former.state[parameter]
+
+
 def load_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Restore what ``optimizer.state_dict()`` gave, every tensor in the dtype that it has there.
 

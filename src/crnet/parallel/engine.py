@@ -46,11 +46,17 @@ class Engine:
         self.model, self.world = model, world
         self.is_split = any(map(is_split, model.parameters()))
         self._call: Any = model
-        if self.keeps_gradients:
-            self._call = copies(model, world)
+        self.wrap()
         named = dict(model.named_parameters())
         self._parted = {named[name] for name in model.spec.split_dims}
         self._summed = [named[name] for name in model.spec.summed if named[name].requires_grad]
+
+    def wrap(self) -> None:
+        """Wrap the model for its copies; once more where it has fewer parameters than before, for
+        the wrapper waits for the gradient of each."""
+        self._call = self.model  # the former wrapper lets go of its hooks first
+        if self.keeps_gradients:
+            self._call = copies(self.model, self.world)
 
     @property
     def keeps_gradients(self) -> bool:

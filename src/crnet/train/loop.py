@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from crnet.config.model_spec import config_at
 from crnet.config.sections import RunConfig
 from crnet.data.rows import Batches, Rows
 from crnet.hub.card import Evaluated
@@ -65,8 +66,9 @@ class Record:
             return
         weights = all_weights(step.model, self.world)
         state = snapshot(step.optimizer, step.model.spec, self.world)
-        files, beside = self.files, self._beside(step.config, at)
-        self._publish(Contents(weights, state, step.config, at, self.extra, files, beside=beside))
+        config = config_at(step.config, at.step)
+        files, beside = self.files, self._beside(config, at)
+        self._publish(Contents(weights, state, config, at, self.extra, files, beside=beside))
 
     def _beside(self, config: RunConfig, at: Progress) -> Callable[[Path], None]:
         found = None
@@ -86,8 +88,9 @@ class Record:
                 raise OSError(str(error))
 
         state = {"optimizer": state, **random_states(step.device)}
-        beside = self._beside(step.config, at)
-        contents = Contents({}, state, step.config, at, self.extra, self.files, wait, beside)
+        config = config_at(step.config, at.step)
+        beside = self._beside(config, at)
+        contents = Contents({}, state, config, at, self.extra, self.files, wait, beside)
         self._pending = contents, written
 
     def finish(self, *, wait: bool = True) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crnet import optimizers
-from crnet.config.model_spec import ModelSpec
+from crnet.config.model_spec import ModelSpec, config_at
 from crnet.config.resuming import Change, OnResume, changes
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import read_json
@@ -108,7 +108,9 @@ def check_same_run(saved: Checkpoint, config: RunConfig, hashes: Mapping[str, st
         ConfigError: with every key, and every input, that it may not have otherwise; or fewer
             steps are wanted than are done.
     """
-    found = list(changes(saved.config, config))
+    is_same_linear = saved.config.model.linear == config.model.linear
+    now = config_at(config, saved.progress.step) if is_same_linear else config
+    found = list(changes(saved.config, now))
     problems = [
         f"{change.flag} was {change.was!r} and is now {change.now!r}; a resumed run keeps it"
         for change in found

@@ -22,19 +22,16 @@ from crnet import optimizers, trackers
 from crnet.adapters import beside
 from crnet.config import presets
 from crnet.config.check import check
-from crnet.config.model_spec import ModelSpec
+from crnet.config.model_spec import ModelSpec, config_at
 from crnet.config.sections import (
     RunConfig,
     TrainConfig,
     adapter_of,
-    options_of,
-    settings_of,
     share_of,
     trackers_of,
-    update_of,
 )
 from crnet.config.serialize import override, read_json, to_dict
-from crnet.cost.workload import Workload, micro_batch_of, num_micro_batches, workload
+from crnet.cost.workload import Workload, micro_batch_of, workload
 from crnet.data.prepare import prepare
 from crnet.data.rows import Rows, check_enough, validation_hash
 from crnet.data.shards import Prepared
@@ -47,9 +44,7 @@ from crnet.kernels import compiled
 from crnet.model.device import prepare_device, with_precision
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
-from crnet.optimizers import _low_precision as low_precision
 from crnet.paper import protocol
-from crnet.parallel import owners
 from crnet.parallel.engine import Engine
 from crnet.parallel.pipeline import PipelineEngine, lay_out_part
 from crnet.parallel.saving import put_together
@@ -72,7 +67,7 @@ from crnet.train.resume import (
 )
 from crnet.train.signals import signals
 from crnet.train.start import check_start, initial_model
-from crnet.train.step import Step
+from crnet.train.step import Step, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -183,7 +178,8 @@ def _run(
             loop = Loop(step, corpus.train, corpus.validation, record, stop)
             with world.naming_the_lost(lambda: f"step {loop.at.step}"):
                 loop.run(at, progress)
-            return _result(loop, record, work.num_parameters())
+            at = work.spec.at(loop.at.step, config.train.steps)
+            return _result(loop, record, sum(each.num_items for each in at.tensors.values()))
 
 
 def _facts(
@@ -276,7 +272,8 @@ def choose_kernels(train: TrainConfig) -> None:
 
 
 def resolve(config: RunConfig, prepared: Prepared, device: torch.device) -> RunConfig:
-    """Fill in what corpus and device decide: vocabulary size, precision, the steps of epochs.
+    """Fill in what corpus and device decide: vocabulary size, precision, the steps of epochs; then
+    what the parameterization makes of these.
 
     Raises:
         ConfigError: ``model.vocab_size`` is given and smaller than the tokenizer's, or steps are
@@ -288,7 +285,7 @@ def resolve(config: RunConfig, prepared: Prepared, device: torch.device) -> RunC
             f"--model.vocab-size {wanted} is below the tokenizer's {prepared.vocab_size}; "
             "leave it out, or give at least that"
         )
-    config = with_steps(with_precision(config, device), prepared)
+    config = config_at(with_steps(with_precision(config, device), prepared), 0)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
 
 
@@ -362,6 +359,7 @@ def make_step(
     if saved is None:
         model = initial_model(config, spec, device, lay)
     else:
+        spec = spec.at(saved.progress.step, config.train.steps)
         spec = stored_on(spec, device, optimizers.get(config.optimizer.name))
         model = load_model(saved, device, spec, lay)
     engine = make_engine(config, model, device, world)
@@ -400,14 +398,3 @@ def make_engine(
         return Engine(model, world)
     micro_batch = micro_batch_of(work_of_one(config, device), model.spec.whole())
     return PipelineEngine(model, world, micro_batch)
-
-
-def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optimizer:
-    """The optimizer of a model's trained parameters."""
-    section = config.optimizer
-    settings = settings_of(section, config.train.seed)
-    method, options = optimizers.get(section.name), options_of(section, section.name)
-    parameters, update = model.trained(), update_of(config.train)
-    one = override(config, train={"batch_size": share_of(config)}).train
-    low_precision.widen_gradients(parameters, update, num_micro_batches(one))
-    return owners.build(method, parameters, options, settings, update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from crnet import schedules
+from crnet import optimizers, schedules
 from crnet.config.check import steps_of
-from crnet.config.sections import RunConfig, options_of
+from crnet.config.model_spec import ModelSpec, model_at
+from crnet.config.sections import RunConfig, options_of, settings_of, share_of, update_of
+from crnet.config.serialize import override
+from crnet.cost.workload import num_micro_batches
 from crnet.data.rows import IGNORED, Batches, Rows
 from crnet.errors import TrainingError
 from crnet.model.events import run_events
+from crnet.model.language_model import LanguageModel
+from crnet.optimizers import _low_precision as low_precision
+from crnet.parallel import owners
 from crnet.parallel.engine import Engine, TokensAndTargets
 from crnet.storage.checkpoint import Progress
 
@@ -89,7 +96,7 @@ class Step:
         """``late``: None: on a GPU, where the optimizer allows it and nothing is sharded."""
         self.config, self.engine, self.optimizer, self.device = config, engine, optimizer, device
         self.model, self.world = engine.model, engine.world
-        self._parameters = [parameter for _, parameter in self.model.trained().values()]
+        self._parameters = self._trained()
         can = passes_over(optimizer) and not engine.is_split
         self.late = can and (device.type == "cuda" if late is None else late)
         self._unread: Stepped | None = None
@@ -129,7 +136,7 @@ class Step:
             if clip:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, clip, norm)
             self.optimizer.step()
-        if self.late and self.model.has_events(step):
+        if self.late and (self.model.has_events(step) or self._drops(step)):
             done.check()
         self._unread = done if self.late else None
         self.run_events(step)
@@ -167,9 +174,37 @@ class Step:
         self.run_events(0)
 
     def run_events(self, step: int) -> None:
-        """What the parameterization has due once ``step`` steps are done; the optimizer forgets."""
+        """What the parameterization has due once ``step`` steps are done; the optimizer forgets.
+        Then the model is the one of that step (``ModelSpec.at``)."""
         around = self.engine.around_events()
         run_events(self.model, self.optimizer, step, self.config.train.seed, around)
+        self._become(self._spec_at(step))
+
+    def _spec_at(self, step: int) -> ModelSpec:
+        config = model_at(self.config.model, step, self.config.train.steps)
+        return dataclasses.replace(self.model.spec, config=config)
+
+    def _drops(self, step: int) -> bool:
+        """Whether tensors leave the model once ``step`` steps are done."""
+        spec = self._spec_at(step)
+        if spec.linear_options == self.model.spec.linear_options:
+            return False
+        return spec.tensors.keys() != self.model.spec.tensors.keys()
+
+    def _become(self, spec: ModelSpec) -> None:
+        """Make the model another one. Where tensors leave it, the optimizer and what wraps the
+        model are made anew, as a resumed run makes them; every state that is left stays."""
+        if not self.model.become(spec):
+            return
+        former = self.optimizer
+        former.zero_grad(set_to_none=True)
+        self.engine.wrap()
+        self.optimizer = make_optimizer(self.config, self.model)
+        optimizers.take_over(self.optimizer, former)
+        self._parameters = self._trained()
+
+    def _trained(self) -> list[Tensor]:
+        return [parameter for _, parameter in self.model.trained().values()]
 
     def _on_device(self, micro_batches: Sequence[TokensAndTargets]) -> Iterable[TokensAndTargets]:
         """The micro-batches of a step; to a GPU in one copy of half the size, from pinned memory,
@@ -194,6 +229,17 @@ class Step:
             "Try a smaller --optimizer.lr, a longer --optimizer.warmup-frac or --train.precision "
             "fp32"
         )
+
+
+def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optimizer:
+    """The optimizer of a model's trained parameters."""
+    section = config.optimizer
+    settings = settings_of(section, config.train.seed)
+    method, options = optimizers.get(section.name), options_of(section, section.name)
+    parameters, update = model.trained(), update_of(config.train)
+    one = override(config, train={"batch_size": share_of(config)}).train
+    low_precision.widen_gradients(parameters, update, num_micro_batches(one))
+    return owners.build(method, parameters, options, settings, update)
 
 
 def passes_over(optimizer: torch.optim.Optimizer) -> bool:

@@ -13,12 +13,11 @@ from crnet.linears._declarations import (
     above_zero,
     dense,
     dense_backward,
-    factor_backward,
-    factor_products,
     factors,
     pair,
+    updated_work,
 )
-from crnet.specs import OWN, Product, Slot, Split, TensorSpec, Work, constant, in_each_way, uniform
+from crnet.specs import OWN, Slot, Split, TensorSpec, Work, constant, in_each_way, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +86,6 @@ class SwitchLoRAOptions(LoRAOptions):
         return rank / self.switch_every * 0.3 ** (step / self.decay_steps)
 
 
-def _accumulated(product: Product) -> Product:
-    return dataclasses.replace(product, accumulates=True)
-
-
 class LoRA(Parameterization):
     """LoRA: a frozen random matrix plus a trained low-rank update, from scratch.
 
@@ -123,23 +118,7 @@ class LoRA(Parameterization):
         return frozen | pair(slot, uniform(slot.in_size**-0.5), constant(0.0))
 
     def work(self, slot: Slot, options: Any, rows: int, item_bytes: int) -> Work:
-        frozen = slot.in_size * slot.out_size
-        trained = slot.rank * (slot.in_size + slot.out_size)
-        shrink, grow = factor_products(slot, rows)
-        *of_factors, of_x = factor_backward(slot, rows)
-        frozen_x, _ = dense_backward(slot, rows)
-        scaled = slot.rank * (rows + slot.out_size)
-        return Work(
-            forward_flops=2 * rows * (frozen + trained),
-            backward_flops=2 * rows * (frozen + 2 * trained),
-            weight_items=frozen + trained,
-            kept_bytes=rows * slot.rank * item_bytes,
-            bottleneck_bytes=rows * (slot.out_size + slot.rank) * item_bytes,
-            products=(Product(rows, slot.in_size, slot.out_size), shrink, _accumulated(grow)),
-            backward_products=(*of_factors, _accumulated(of_x), frozen_x),
-            # The scale, of dB and of dZ.
-            backward_passes=in_each_way(2 * scaled * item_bytes, 2),
-        )
+        return updated_work(slot, rows, item_bytes)
 
     def from_dense(self, slot, options, weight_FD, values):
         return {**values, "weight": weight_FD}  # the update is zero
