@@ -82,7 +82,7 @@ class Architecture:
 
     def plain_form(self, shape: Shape, options: Any) -> Mapping[str, Any] | None:
         """Of transformers' own model that has these tensors by these names, every map a matrix:
-        what its ``config.json`` says beyond the sizes. None: there is none."""
+        what its ``config.json`` says beyond the sizes, or in their place. None: there is none."""
         return None
 
     def positions(self, shape: Shape, options: Any) -> tuple[Position, ...]:

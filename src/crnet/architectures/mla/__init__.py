@@ -162,6 +162,7 @@ class MLA(_rotary.RotaryArchitecture):
             "architectures": ["DeepseekV3ForCausalLM"],
             "hidden_act": "silu",
             "attention_bias": False,
+            "head_dim": sizes.rope,  # the width that transformers rotates
             "q_lora_rank": sizes.q_latent or None,
             "kv_lora_rank": sizes.kv_latent,
             "qk_nope_head_dim": sizes.nope,
