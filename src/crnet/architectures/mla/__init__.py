@@ -260,12 +260,12 @@ def _joining(sizes: Sizes, item: int, heads: int) -> _passes.Both:
     a head and token."""
     wide, value, nope = (heads * item * each for each in (sizes.head, sizes.value, sizes.nope))
     rotary, latent = item * sizes.rope, item * (sizes.kv_latent + sizes.rope)
-    ahead = Traffic(2 * wide * 2, 2) + Traffic(wide + value, 2 if sizes.value < sizes.head else 1)
-    back = Traffic(2 * wide + 2 * (nope + value) + 2 * latent, 3)
+    ahead = Traffic(2 * wide + (nope + rotary + wide) + (value + wide), 3)
+    back = Traffic(2 * wide + 2 * (nope + value) + 2 * latent + (wide + value), 4)
     back += Traffic((heads + 1) * rotary, 1)
     if sizes.value < sizes.head:
         ahead += Traffic(2 * value, 1)
-        back += Traffic(2 * value + wide + value, 3)
+        back += Traffic(value + wide, 1)
     return Passes(ahead, ahead, ahead), Passes(back, back, back)
 
 
