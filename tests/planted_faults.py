@@ -561,7 +561,7 @@ FAULTS = [
         "heads are scaled by the width of their values",
         "layers/latent_attention.py",
         "q_BTNH = self._queries(x_BTD, project, tables)",
-        "q_BTNH = self._queries(x_BTD, project, tables) * (self.head_size / self.value_size) ** 0.5",
+        "q_BTNH = self._queries(x_BTD, project, tables) * self.head_size**0.5 / 2",
         f"{LATENT}::test_logits_and_gradients_are_those_of_the_formula",
     ),
     fault(

@@ -5,23 +5,22 @@ A token is kept for those after it as one latent and one rotary key for all head
 are `q_b(norm(q_a(x)))`, or `q(x)` where `q_lora_rank` is 0. Scores are scaled by
 `(nope + rope)^-1/2`; a head's query and key end in the part that is rotated. RMSNorm, a gated
 feed-forward and the stream are LLaMA's; there are no experts. A cache holds
-`kv_lora_rank + qk_rope_head_dim` numbers a token and block, where LLaMA's holds two heads' width
-for every head of keys.
+`kv_lora_rank + qk_rope_head_dim` numbers a token and block, where LLaMA's holds keys and values
+of every head.
 
 **What CR-Net is here.** Every map is a position: q_a, q_b (or q), kv_a, kv_b, o, gate, up, down.
 Each carries what the same map of the block below gave, before the norm and before the rotation, so
-that what is carried is a map's output, as the paper has it. A norm behind q_a and kv_a takes the
-scale away: there the gain weighs what is carried against what is new, and nothing else. The
-rotation is linear and the same in all blocks: carried and rotated, or rotated and carried, the key
-is the same. One gain is for latent and rotary key alike, which are one map's output.
+that what is carried is a map's output, as the paper has it. The norms behind q_a and kv_a take the
+scale of a latent away: there the gain weighs what is carried against what is new, and nothing else.
+The rotation is linear and the same in all blocks: carried and rotated, or rotated and carried, the
+key is the same. Latent and rotary key are one map's output and have one gain.
 
-h -> latent is narrow already, which is no reason to leave q_a and kv_a out: a latent of one block
-is as near to that of the next as other outputs are taken to be, and an increment of a rank below
-the latent's width costs less than the dense map up to a rank of in out / (in + out). That bound is
-low where one side is: give those positions ranks of their own
-(`--model.rank 192/kv_a=96/kv_b=96`); a rank above the latent is refused. The carry costs what an
-output is wide: little at q_a and kv_a, most at kv_b, which is wider than LLaMA's keys and values
-together.
+That h -> latent is narrow already is no reason to leave q_a and kv_a out. The increment's rank is
+below the latent's width, and it costs less than the dense map up to a rank of in out / (in + out).
+That bound is low where one side is, so those positions want ranks of their own
+(`--model.rank 192/kv_a=96/kv_b=96`); a rank above the latent's width is refused. The carry costs
+what an output is wide: little at q_a and kv_a; at q_b and kv_b what it costs at LLaMA's q, k and v,
+and the rotated part of the queries besides.
 
 With a cache, keys and values of all tokens are made again by `kv_b` in every block, carry and all:
 a block hands on what it made of every token, so that no carry is cached. The absorbed form, without
@@ -34,7 +33,8 @@ Deviation: values narrower than keys are filled up with zeros for attention's ke
 computes `2 (nope + rope)` a pair and head in the place of `nope + rope + v`. The rotation pairs
 item i with i + rope / 2, as in LLaMA; released weights pair neighbours (transformers'
 `rope_interleave`): the same function with rows of q_b and kv_a in another order. No YaRN.
-Unverified: ranks and rates; no run of the paper has this attention.
+Unverified: that latents of neighbouring blocks are as alike as the paper finds other outputs; ranks
+and rates. No run of the paper has this attention.
 Refused: `--parallel.tensor`, since latent and rotary key are whole on every process, and a map that
 is not split has no place there; values wider than keys; grouped heads.
 """
