@@ -66,6 +66,7 @@ EXACT = "test_architectures.py::test_exact_policies_agree_to_the_bit"
 EVALUATION = "test_train.py::test_evaluation_is_the_mean_over_tokens"
 RESUMED = "test_checkpoint.py::test_died_between_checkpoints_and_resumed"
 PARTS = "test_tensor.py::test_as_one_process"
+LATENT = "test_methods_mla.py"
 CROSS = "test_methods_cross_layer.py"
 GUIDED = "test_methods_guided.py"
 COST = "test_cost.py::test_kept_bytes_and_flops_are_exact"
@@ -584,6 +585,59 @@ FAULTS = [
         "state[-1] + y_BTD) if self.adds",
         "y_BTD) if self.adds",
         f"{CROSS}::test_groups_of_attention_residuals_are_their_formula",
+    ),
+    # Latent attention.
+    fault(
+        "the rotary key is not rotated",
+        "layers/latent_attention.py",
+        "return self.kv_a_layernorm(latent_BTC), rotate(key_BTP.unsqueeze(2), *tables)",
+        "return self.kv_a_layernorm(latent_BTC), key_BTP.unsqueeze(2)",
+        f"{LATENT}::test_logits_and_gradients_are_those_of_the_formula",
+    ),
+    fault(
+        "the latent is not normed before it is carried on to keys",
+        "layers/latent_attention.py",
+        "return self.kv_a_layernorm(latent_BTC), rotate(",
+        "return latent_BTC, rotate(",
+        f"{LATENT}::test_logits_and_gradients_are_those_of_the_formula",
+    ),
+    fault(
+        "heads are scaled by the width of their values",
+        "layers/latent_attention.py",
+        "q_BTNH = self._queries(x_BTD, project, tables)",
+        "q_BTNH = self._queries(x_BTD, project, tables) * self.head_size**0.5 / 2",
+        f"{LATENT}::test_logits_and_gradients_are_those_of_the_formula",
+    ),
+    fault(
+        "the cache holds keys and values of every head",
+        "layers/latent_attention.py",
+        """        if context.caches is not None:
+            cache = context.caches[self.layer_idx]
+            latent, key = cache.append(latent_BTC.unsqueeze(1), key_BT1P.transpose(1, 2))
+            latent_BTC, key_BT1P = latent.squeeze(1), key.transpose(1, 2)
+        k_BSNH, v_BSNH = self._keys_and_values(latent_BTC, key_BT1P, project)
+        q_BNTH, k_BNSH, v_BNSH = (each.transpose(1, 2) for each in (q_BTNH, k_BSNH, v_BSNH))
+""",
+        """        k_BSNH, v_BSNH = self._keys_and_values(latent_BTC, key_BT1P, project)
+        q_BNTH, k_BNSH, v_BNSH = (each.transpose(1, 2) for each in (q_BTNH, k_BSNH, v_BSNH))
+        if context.caches is not None:
+            k_BNSH, v_BNSH = context.caches[self.layer_idx].append(k_BNSH, v_BNSH)
+""",
+        f"{LATENT}::test_a_cache_takes_what_is_said",
+    ),
+    fault(
+        "the cache gives its rotary keys in another order",
+        "layers/latent_attention.py",
+        "latent_BTC, key_BT1P = latent.squeeze(1), key.transpose(1, 2)",
+        "latent_BTC, key_BT1P = latent.squeeze(1), key.flip(2).transpose(1, 2)",
+        f"{LATENT}::test_logits_with_a_cache_are_those_without",
+    ),
+    fault(
+        "what attention gives of filled values is not counted",
+        "architectures/mla/__init__.py",
+        "3 * wide + sums + is_filled * wide,",
+        "3 * wide + sums,",
+        "test_contract.py::test_contract[mla]",
     ),
     # Layers and the model.
     fault(

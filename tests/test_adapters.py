@@ -48,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "lax": {"linear": "lax"},
     "attnres": {"linear": "crnet", "stream": "attnres"},
     "gpt2": {"linear": "crnet", "architecture": "gpt2"},
+    "mla": {"linear": "crnet", "architecture": "mla", "mla": {"q_lora_rank": 16}},
     "restarts": {"linear": "crnet", "crnet": {"restarts": "2", "carry_dtype": "fp32"}},
 }
 """Maps with a matrix, with factors, with a carry and one at the bottleneck; biases, a tied head."""

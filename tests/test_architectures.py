@@ -42,11 +42,12 @@ each_pair = pytest.mark.parametrize(("architecture", "linear"), PAIRS)
 
 
 def test_what_does_not_go_together():
-    """A carry of an expert's own map, one matrix for an expert of every block, and inverting a
-    layer of experts."""
+    """A carry of an expert's own map, one matrix for an expert of every block, the values of heads
+    that have no map of their own, and inverting a layer of experts."""
     wrong = {(one, other) for one in architectures.names() for other in linears.names()} - {*PAIRS}
-    assert wrong == {("qwen3-moe", "lax"), ("qwen3-moe", "shared")}
-    assert INVERTING == ["gpt2", "llama"]
+    experts = {("qwen3-moe", "lax"), ("qwen3-moe", "shared")}
+    assert wrong == experts | {("mla", "value-resformer")}
+    assert INVERTING == ["gpt2", "llama", "mla"]
 
 
 def make(architecture: str, linear: str, **changed: Any) -> LanguageModel:

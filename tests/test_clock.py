@@ -94,6 +94,21 @@ def test_normed_heads_are_counted(precision: Precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "sizes", [{}, {"q_lora_rank": 64, "v_head_dim": 48}, {"qk_nope_head_dim": 32}]
+)
+def test_latents_are_counted(sizes: dict[str, int], precision: Precision):
+    """Norms of latents, parts put side by side, values filled up or as wide as keys: the same."""
+    model = dataclasses.replace(MODEL, linear="full", architecture="mla", num_kv_heads=None)
+    options = dataclasses.replace(MODEL.mla, **sizes)  # type: ignore[attr-defined]
+    micro_batch = MicroBatch(model_spec(dataclasses.replace(model, mla=options)), 4, 128, precision)
+    passes, _ = traffic(micro_batch)
+    eager = micro_batch_passes(micro_batch).eager
+    assert abs(eager.moved_bytes / passes.moved_bytes - 1) < MOST_OFF
+    assert abs(eager.kernels / passes.kernels - 1) < MOST_OFF + 6 / passes.kernels
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_dealing_tokens_to_experts_is_counted(precision: Precision):
     """Bytes within 5%: the router's own numbers, some a token, are not declared."""
     model = dataclasses.replace(MODEL, linear="crnet", architecture="qwen3-moe")

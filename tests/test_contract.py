@@ -147,7 +147,8 @@ def test_published_ranks_are_schedules_of_their_shape():
 
 def test_declarations_import_no_torch():
     """Listing, checking and costing every method of every preset loads no torch. What is refused is
-    told: what an expert's map cannot have, and widths that velora's parts do not divide."""
+    told: what an expert's map cannot have, values without a map of their own, and widths that
+    velora's parts do not divide."""
     program = """
 import sys
 from dataclasses import replace
@@ -183,6 +184,7 @@ print(sorted(name for name in sys.modules if name.split(".")[0] == "torch"))
     refused, loaded = done.stdout.splitlines()
     assert refused.split() == [
         *("lax:qwen3-moe-1.8b", "shared:qwen3-moe-1.8b"),
+        "value-resformer:mla-130m",
         *("velora:llama-13b", "velora:llama-1b", "velora:llama-70b"),
     ]
     assert loaded == "[]"

@@ -342,7 +342,7 @@ def test_stages_begin_where_blocks_read_nothing() -> None:
 
 
 def test_every_tensor_is_in_one_stage() -> None:
-    for architecture in ("llama", "gpt2"):
+    for architecture in ("llama", "mla", "gpt2"):
         model = {"architecture": architecture, "vocab_size": 64, "tie_embeddings": False}
         spec = model_spec(override(PIPE, model=model).model)
         names = [name for each in cut(spec, 3, 16) for name in held(spec, [each])]

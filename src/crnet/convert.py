@@ -39,6 +39,8 @@ from crnet.specs import Position, Slot, TensorSpec
 
 Model = TypeVar("Model", bound=nn.Module)
 
+LATENTS = "self_attn.kv_a_proj_with_mqa"
+"""A map of latent attention: of another layout."""
 _FRAME = "_crnet_frame"
 """Attribute of a hidden state."""
 
@@ -74,6 +76,12 @@ def convert_linears(
     Cost: the new maps beside one old map at a time.
     """
     blocks = _blocks_of(model)
+    if _submodule(blocks[0], LATENTS) is not None:
+        raise ConfigError(
+            f"{type(model).__name__}: its attention makes keys and values of a latent ({LATENTS}), "
+            "and convert_linears knows LLaMA's seven maps; train a model of the package's own "
+            "instead (crnet list names the architectures)"
+        )
     spec = _spec(model, blocks, linear, str(rank), options)
     if problem := _problem(spec, keep_weights):
         raise ConfigError(problem)

@@ -339,7 +339,8 @@ class BlockWork:
     attention_bytes: int
     """Output and log-sum-exp of attention: kept once more where attention is not run again."""
     attention_items: int
-    """Of the output among them; the rest are statistics, which ``kept_bytes`` holds too."""
+    """Of the output among them, where it is the input ``mixed`` too; the rest ``kept_bytes`` holds
+    too."""
     activation_bytes: int
     """Alive in the backward pass of the feed-forward's activation beyond what is kept."""
     passes: Passes = Passes()

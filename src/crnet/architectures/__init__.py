@@ -70,6 +70,11 @@ class Architecture:
         """Share in the gradient of how uneven its experts are (``Context.uneven``); 0: none."""
         return 0.0
 
+    def cache_items(self, shape: Shape, options: Any) -> int:
+        """What a block keeps of a token for those that come after it (``layers.cache``): keys and
+        values of all heads."""
+        return 2 * shape.kv_size
+
     def packs(self, options: Any) -> bool:
         """Whether what its blocks keep may be kept as codes (``--train.keep-as``): what has more
         than one item a token is activations, nothing that has to stay exact."""
@@ -77,7 +82,7 @@ class Architecture:
 
     def plain_form(self, shape: Shape, options: Any) -> Mapping[str, Any] | None:
         """Of transformers' own model that has these tensors by these names, every map a matrix:
-        what its ``config.json`` says beyond the sizes. None: there is none."""
+        what its ``config.json`` says beyond the sizes, or in their place. None: there is none."""
         return None
 
     def positions(self, shape: Shape, options: Any) -> tuple[Position, ...]:

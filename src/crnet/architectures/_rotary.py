@@ -7,6 +7,7 @@ normed over its own width before it is rotated (Qwen-3), one gain for all heads 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from crnet.architectures import Architecture, Batch, _passes, split_side
 from crnet.specs import Position, Shape, TensorSpec, constant, normal
@@ -113,8 +114,12 @@ def work(shape: Shape, batch: Batch, *, qk_norm: bool, window: int | None) -> Ro
 class RotaryArchitecture(Architecture):
     """Tables of cosines and sines, an embedding, a last RMSNorm."""
 
+    def rotated_size(self, shape: Shape, options: Any) -> int:
+        """Items of a head that are rotated."""
+        return shape.head_size
+
     def table_bytes(self, shape, options, batch):
-        half = shape.head_size // 2
+        half = self.rotated_size(shape, options) // 2
         if batch.compute_bytes == 4:  # looked at where they are cached, for a power of 2 of tokens
             return 2 * 4 * half * (1 << max(batch.length - 1, 1).bit_length())
         return 2 * batch.compute_bytes * half * batch.length * shape.num_layers
@@ -136,5 +141,6 @@ class RotaryArchitecture(Architecture):
     def context(self, shape, options, start, length, device, caches):
         from crnet.layers.attention import Context, rope
 
-        tables = rope(start, length, shape.head_size, shape.rope_theta, device)
+        size = self.rotated_size(shape, options)
+        tables = rope(start, length, size, shape.rope_theta, device)
         return Context(tables, tuple(caches) if caches is not None else None)

@@ -1,4 +1,5 @@
-"""Recipes by name. Each is a whole ``RunConfig`` and names the table of the paper it comes from.
+"""Recipes by name. Each is a whole ``RunConfig`` and names the table of the paper it comes from,
+where it comes from one.
 
 Of arXiv:2509.18993: sizes (table 9; table 16: llama3-1b; table 21: 70b), ranks (table 10, by
 ``--model.rank aligned-parameters``, the default, or ``aligned-memory``), 512 rows of 256 tokens,
@@ -20,6 +21,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+from crnet.architectures.mla import MLAOptions
 from crnet.architectures.qwen3_moe import Qwen3MoeOptions
 from crnet.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from crnet.errors import ConfigError
@@ -68,6 +70,19 @@ def _with_experts(*args: Any, **model: Any) -> RunConfig:
     return replace(made, model=replace(made.model, rank="224"))
 
 
+def _with_latents(*args: Any) -> RunConfig:
+    """As ``_published``, DeepSeek's attention: latents of half and a third of the width. Ranks of
+    ours: where a latent is one side, about half the rank at which a map costs what a dense one
+    does."""
+    made = _published(
+        *args,
+        architecture="mla",
+        mla=MLAOptions(q_lora_rank=384, kv_lora_rank=256),
+    )
+    rank = "192/q_a=128/q_b=128/kv_a=96/kv_b=96"
+    return replace(made, model=replace(made.model, rank=rank))
+
+
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "tiny": ("3.5M-parameter blocks for a laptop; the default", RunConfig()),
     "llama-60m": ("table 9, 60M", _published("llama-60m", (512, 1376, 8, 8), 10_000, 1e-2, 256)),
@@ -103,6 +118,10 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "qwen3-moe-1.8b": (
         "table 7: 24 experts of width 704, 4 active, r 224; 7.8B tokens (E.3)",
         _with_experts("qwen3-moe-1.8b", (1024, 704, 16, 28), 60_000, 5e-3, 32),
+    ),
+    "mla-130m": (
+        "no table: 130M with latent attention, the paper's future work (section 6)",
+        _with_latents("mla-130m", (768, 2048, 12, 12), 20_000, 1e-2, 256),
     ),
 }
 

@@ -53,6 +53,14 @@ class MicroBatch:
         """Bytes of one tensor of the stream."""
         return self.rows * self.spec.shape.hidden_size * self.stream_bytes
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of what all blocks keep of one row in generation, for the tokens to come
+        (``layers.cache``): in the weights' dtype, which generation computes in."""
+        spec = self.spec
+        items = spec.architecture.cache_items(spec.shape, spec.architecture_options)
+        return spec.num_layers * self.length * items * self.stream_bytes
+
     @cached_property
     def inside(self) -> BlockWork:
         """What each block does between its maps."""

@@ -19,7 +19,9 @@ def step_flops(work: Workload, plan: RecomputePlan) -> dict[str, int]:
     blocks = {key: work.num_micro_batches * count for key, count in counts.items()}
     rows = work.num_micro_batches * micro_batch.rows
     head = 2 * rows * shape.hidden_size * shape.vocab_size
-    pairs = 4 * rows * shape.attention_size * shape.num_layers  # per token attended to, forward
+    inside = micro_batch.inside
+    mixing = work.spec.num_layers * (inside.forward_flops - inside.routing_flops)  # forward
+    mixing *= work.num_micro_batches
     window = work.spec.architecture.window(work.spec.architecture_options)
     seen = attended(micro_batch.length, window)
     parts = {
@@ -31,8 +33,8 @@ def step_flops(work: Workload, plan: RecomputePlan) -> dict[str, int]:
     }
     return parts | {
         "total": sum(parts.values()),
-        "attention": 3 * pairs * micro_batch.length,
-        "attention if causal": 3 * pairs * seen // micro_batch.length,
+        "attention": 3 * mixing,
+        "attention if causal": 3 * mixing * seen // micro_batch.length**2,
     }
 
 

@@ -35,6 +35,7 @@ Section = Literal[
     "peak",
     "logits",
     "memory",
+    "cache",
     "flops",
     "communication",
     "seconds",
@@ -80,6 +81,7 @@ def cost_rows(work: Workload, on: Device | None = None, ranks: int = 1) -> list[
         *make_rows("peak", "bytes", peaks),
         *make_rows("logits", "bytes", {"all rows at once, never held": logits}),
         *make_rows("memory", "bytes", {name: total + size for name, size in peaks.items()}),
+        *make_rows("cache", "bytes", {"of one row": micro_batch.cache_bytes}),
         *make_rows("flops", "count", step_flops(work, work.plan)),
         *make_rows("communication", "bytes", communication_bytes(work, ranks)),
     ]
@@ -144,6 +146,7 @@ def titles(work: Workload, on: Device | None = None, ranks: int = 1) -> dict[Sec
         "peak": f"activations at the peak, GiB{without}",
         "logits": "logits, GiB",
         "memory": f"memory at the peak, GiB{without}",
+        "cache": f"key/value cache in generation, GiB; {micro_batch.length} tokens",
         "flops": f"FLOPs of a step, recompute {policy}{without}",
         "communication": f"communication of a step, GiB a rank, {ranks} ranks",
     }

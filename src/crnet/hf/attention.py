@@ -40,7 +40,7 @@ def attend_by(
     """What stands in for the model's own cache and attention (``Context.attend``).
 
     Raises, when called:
-        ConfigError: an engine's own attention expects another number of heads.
+        ConfigError: an engine's own attention expects another number of heads, or other widths.
     Args:
         config: says which function (``_attn_implementation``).
         mask: what transformers made for that function; None: causal.
@@ -55,7 +55,7 @@ def attend_by(
     )
 
     def attend(module: Any, q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
-        _refuse_another_count(instances.get(module.layer_idx), q_BNTH.shape[1])
+        _refuse_other_heads(instances.get(module.layer_idx), q_BNTH)
         k_BKSH, v_BKSH = k_BKTH, v_BKTH
         if cache is not None:
             k_BKSH, v_BKSH = cache.update(k_BKTH, v_BKTH, module.layer_idx)
@@ -78,8 +78,16 @@ def attend_by(
     return attend
 
 
-def _refuse_another_count(instance: Any, num_heads: int) -> None:
-    """``instance``: an engine's attention of one layer, which may say how many heads it has."""
+def _refuse_other_heads(instance: Any, q_BNTH: Tensor) -> None:
+    """``instance``: an engine's attention of one layer, which may say how many heads it has and how
+    wide they are."""
+    _, num_heads, _, head_size = q_BNTH.shape
+    width = getattr(instance, "head_size", head_size)
+    if width != head_size:
+        raise ConfigError(
+            f"the engine's attention has heads of {width}, the model's queries and keys are "
+            f"{head_size} wide; run it with transformers' own generate"
+        )
     expected = getattr(instance, "num_heads", num_heads)
     if expected != num_heads:
         raise ConfigError(

@@ -83,8 +83,8 @@ def export_plain(saved: Checkpoint, target: Path) -> None:
         model = load_model(saved)
     form = spec.architecture.plain_form(spec.shape, spec.architecture_options)
     assert form is not None
-    described = {**form, "dtype": "float32"}
-    described |= files.sizes(config, tokenizer.eos_id, tokenizer.pad_id)
+    sizes = files.sizes(config, tokenizer.eos_id, tokenizer.pad_id)
+    described = {**sizes, **form, "dtype": "float32"}
     weights = merged(model)
     with checkpoint.new_folder(target, saved) as folder:
         checkpoint.write_weights(folder, weights)

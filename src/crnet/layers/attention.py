@@ -88,11 +88,17 @@ class Attention(nn.Module):
             k_BKSH, v_BKSH = context.caches[self.layer_idx].append(k_BKSH, v_BKSH)
             if num_new == 1 and self.window is not None:
                 k_BKSH, v_BKSH = k_BKSH[:, :, -self.window :], v_BKSH[:, :, -self.window :]
+        mixed_BNTH = self.mix(q_BNTH, k_BKSH, v_BKSH, project, context)
+        return project("o", mixed_BNTH.transpose(1, 2).reshape(batch, num_new, -1))
+
+    def mix(
+        self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, project: Any, context: Context
+    ) -> Tensor:
+        """Mixed values of the new tokens, (B, N, T, H): here, or by an engine's own attention."""
         mix = functools.partial(_mix, window=self.window)
         if context.attend is not None:
             mix = functools.partial(context.attend, self)
-        mixed_BNTH = project.attend(mix, q_BNTH, k_BKSH, v_BKSH)
-        return project("o", mixed_BNTH.transpose(1, 2).reshape(batch, num_new, -1))
+        return project.attend(mix, q_BNTH, k_BKSH, v_BKSH)
 
 
 def _mix(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, window: int | None) -> Tensor:

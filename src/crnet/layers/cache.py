@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one block, as attention uses them, for up to ``capacity`` tokens.
+    """What attention of one block reads of earlier tokens, for up to ``capacity`` of them: keys and
+    values, or what it makes those of (``layers.latent_attention``).
 
     A carry needs no cache: it reaches from block to block of the same token.
     """
@@ -18,35 +19,47 @@ class LayerCache:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._held: list[Tensor] = []
 
-    def append(self, keys_BKTH: Tensor, values_BKTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new tokens; return the keys and values of all, (B, K, S, H).
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Add new tokens; return what is held of all of them.
 
+        Args:
+            new: keys and values, or others, each (B, K, T, H); K and H may be any, and stay.
+        Returns: as many tensors, each (B, K, S, H).
         Raises:
             RuntimeError: there is no room left, or they do not go with those that are there.
         """
-        batch, heads, num_new, head_size = keys_BKTH.shape
+        num_new = new[0].shape[2]
         if self.length + num_new > self.capacity:
             raise RuntimeError(
                 f"the key/value cache holds {self.capacity} tokens; "
                 f"{self.length} are in it and {num_new} more came"
             )
-        shape = (batch, heads, self.capacity, head_size)
-        if self._keys is None or self._values is None or self.length == 0:
-            self._keys = keys_BKTH.new_empty(shape)
-            self._values = values_BKTH.new_empty(shape)
-        if self._keys.shape != shape:  # a smaller batch would be spread over the larger one
+        shapes = [(*each.shape[:2], self.capacity, each.shape[3]) for each in new]
+        if not self._held or self.length == 0:
+            self._held = [each.new_empty(shape) for each, shape in zip(new, shapes, strict=True)]
+        held = [tuple(each.shape) for each in self._held]
+        if held != shapes:  # a smaller batch would be spread over the larger one
             raise RuntimeError(
                 f"the key/value cache has (batch, heads, capacity, head size) "
-                f"{tuple(self._keys.shape)} and {shape} came; take new caches"
+                f"{_told(held)} and {_told(shapes)} came; take new caches"
             )
         end = self.length + num_new
-        self._keys[:, :, self.length : end] = keys_BKTH
-        self._values[:, :, self.length : end] = values_BKTH
+        for kept, each in zip(self._held, new, strict=True):
+            kept[:, :, self.length : end] = each
         self.length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
+        return tuple(kept[:, :, :end] for kept in self._held)
+
+    @property
+    def num_bytes(self) -> int:
+        """That it takes, room for tokens to come among them."""
+        return sum(kept.numel() * kept.element_size() for kept in self._held)
+
+
+def _told(shapes: Sequence[tuple[int, ...]]) -> str:
+    """Each of them once."""
+    return " and ".join(map(str, dict.fromkeys(shapes)))
 
 
 @contextlib.contextmanager

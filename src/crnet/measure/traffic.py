@@ -24,7 +24,8 @@ from crnet.specs import Traffic
 
 _FREE = {
     *("view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "unsqueeze"),
-    *("detach", "alias", "permute", "as_strided", "squeeze", "split", "unbind", "device"),
+    *("detach", "alias", "permute", "as_strided", "squeeze", "unbind", "device"),
+    *("split", "split_with_sizes"),
     *("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh", "is_pinned"),
 }
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}

@@ -52,8 +52,8 @@ class Table10Row:
 def table_10() -> list[Table10Row]:
     """Every published choice of CR-Net's ranks, and the search's for the same target."""
     rows = []
-    for preset, (_, recipe) in presets.PRESETS.items():
-        config = override(recipe, train={"precision": "bf16", "bf16_update": "plain"})
+    for preset in PRESETS.values():
+        config = override(presets.get(preset), train={"precision": "bf16", "bf16_update": "plain"})
         shape = (config.model.hidden_size, config.model.num_layers)
         for alignment, schedules in linears.get("crnet").published_ranks.items():
             if alignment.startswith("aligned-") and (rank := schedules.get(shape)):
