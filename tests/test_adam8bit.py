@@ -14,7 +14,8 @@ from crnet.errors import ConfigError
 from crnet.measure.examples import batch, small_model
 from crnet.model.build import build
 from crnet.optimizers import Settings
-from crnet.optimizers.adam8bit import BLOCK, Adam8bitOptions
+from crnet.optimizers._eight_bits import BLOCK
+from crnet.optimizers.adam8bit import Adam8bitOptions
 from crnet.specs import Forget, TensorSpec, normal
 
 pytest.importorskip("bitsandbytes")

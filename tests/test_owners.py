@@ -47,13 +47,21 @@ SHAPE = ModelConfig(
 )
 STEPS = 20
 """Half of them are taken before a checkpoint."""
-SETTINGS = Settings(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.1, seed=5)
+SETTINGS = Settings(
+    lr=0.01, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.1, seed=5, num_steps=STEPS
+)
 CASES = {
     "adamw": ("full", OptimizerConfig(name="adamw")),
     "muon": ("crnet", OptimizerConfig(name="muon")),
     "muon on factors and resets": ("relora", OptimizerConfig(name="muon")),
     "apollo": ("full", OptimizerConfig(name="apollo")),
     "apollo-mini": ("full", OptimizerConfig(name="apollo-mini")),
+    "golore": (
+        "full",
+        OptimizerConfig(name="golore", golore=optimizers.get("golore").Options(svd_frac=0.3)),
+    ),
+    "fira": ("full", OptimizerConfig(name="fira")),
+    "dct-adamw": ("full", OptimizerConfig(name="dct-adamw")),
 }
 """Parameterization and optimizer."""
 LAYOUTS = {2: [{"shard": 2}], 4: [{"shard": 4}, {"data": 2, "shard": 2}]}

@@ -79,6 +79,14 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
     "muon": {"optimizer": {"name": "muon"}},
     "apollo": {"model": {"linear": "full"}, "optimizer": {"name": "apollo", "apollo": {"rank": 8}}},
     "apollo-mini": {"model": {"linear": "full"}, "optimizer": {"name": "apollo-mini"}},
+    "galore": {
+        "model": {"linear": "full"},
+        "optimizer": {"name": "galore", "galore": {"rank": 8, "refresh_every": 4}},
+    },
+    "fira staggered": {
+        "model": {"linear": "full"},
+        "optimizer": {"name": "fira", "fira": {"rank": 8, "refresh_every": 5, "stagger": True}},
+    },
     "resets": {
         "model": {"linear": "relora", "relora": {"merge_every": 2, "reset_every": 2}},
         "optimizer": {"name": "muon"},

@@ -317,8 +317,10 @@ def trackers_of(train: TrainConfig) -> list[str]:
     return names if not train.tensorboard or "tensorboard" in names else [*names, "tensorboard"]
 
 
-def settings_of(section: BaseOptimizerConfig, seed: int) -> optimizers.Settings:
-    """What an optimizer is told of its section and the run's seed."""
+def settings_of(
+    section: BaseOptimizerConfig, seed: int, num_steps: int | None = None
+) -> optimizers.Settings:
+    """What an optimizer is told of its section, the run's seed and its steps."""
     return optimizers.Settings(
         lr=section.lr,
         beta1=section.beta1,
@@ -326,6 +328,7 @@ def settings_of(section: BaseOptimizerConfig, seed: int) -> optimizers.Settings:
         eps=section.eps,
         weight_decay=section.weight_decay,
         seed=seed,
+        num_steps=num_steps,
     )
 
 

@@ -50,7 +50,7 @@ class Example:
 
     @property
     def settings(self) -> Settings:
-        return settings_of(self.optimizer, seed=0)
+        return settings_of(self.optimizer, seed=0, num_steps=SCHEDULED_STEPS)
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:
         return build(self.spec, seed, dtype=dtype)

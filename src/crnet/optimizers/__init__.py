@@ -34,6 +34,8 @@ class Settings:
     weight_decay: float
     seed: int
     """Of the run: with a parameter's name and the step, it seeds every random number."""
+    num_steps: int | None = None
+    """Of the run, for what is due after a share of them; None: not known."""
 
 
 class OptimizerMethod:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def body(of: type, name: str) -> Any:
@@ -40,3 +41,42 @@ class AdamW(Optimizer, torch.optim.AdamW):
     """torch's."""
 
     step = torch.no_grad()(body(torch.optim.AdamW, "step"))
+
+
+def adam_(
+    target: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    rate: float,
+    lost: float = 0.0,
+    betas: tuple[float, float],
+    eps: float,
+    step: float,
+) -> None:
+    """torch's fused kernel on one tensor: ``target <- (1 - lost) target - rate u``, u Adam's
+    direction; the moments move.
+
+    Args:
+        target, gradient, exp_avg, exp_avg_sq: of one shape and dtype; of split tensors, this
+            process's parts.
+        step: from 1, for the correction of the bias; infinite: none, ``u = M / (sqrt(S) + eps)``.
+    Cost: one pass over the four.
+    """
+    local = [getattr(each, "_local_tensor", each) for each in (target, gradient)]
+    local += [getattr(each, "_local_tensor", each) for each in (exp_avg, exp_avg_sq)]
+    if rate == 0 and lost:  # the kernel knows the decay as a multiple of the rate
+        local[0].mul_(1 - lost)
+    torch.ops.aten._fused_adamw_(
+        *([each] for each in local),
+        [],
+        [torch.full((), step, dtype=torch.float32, device=local[0].device)],
+        lr=rate,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=lost / rate if rate else 0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )

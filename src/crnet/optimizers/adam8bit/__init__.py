@@ -7,22 +7,19 @@ embedding and the head keep 32 bits, and so does what is small. Cost: one pass o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from crnet.optimizers import OptimizerMethod
+from crnet.optimizers._eight_bits import MIN_ITEMS, blocks_bytes
 from crnet.specs import TensorSpec
-
-BLOCK = 256
-"""Items that share a maximum, in the order of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adam8bitOptions:
     """8-bit Adam."""
 
-    min_items: int = 4096
+    min_items: int = MIN_ITEMS
     """Matrices with fewer items keep moments of their own dtype."""
 
     def takes(self, spec: TensorSpec) -> bool:
@@ -44,9 +41,10 @@ class Adam8bit(OptimizerMethod):
         return []
 
     def state_bytes(self, spec: TensorSpec, options: Adam8bitOptions, item_bytes: int) -> int:
-        if options.takes(spec):  # two codes an item, two maxima a block; AdamW's step counter
-            return 2 * spec.num_items + 2 * 4 * math.ceil(spec.num_items / BLOCK) + 4
-        return 2 * spec.num_items * item_bytes + 4
+        moments = 2 * spec.num_items * item_bytes
+        if options.takes(spec):
+            moments = blocks_bytes(spec.num_items)
+        return moments + 4  # AdamW's step counter
 
     def whole(self, spec: TensorSpec, options: Adam8bitOptions) -> bool:
         return options.takes(spec)  # blocks would begin elsewhere in a part
@@ -54,7 +52,7 @@ class Adam8bit(OptimizerMethod):
     def build(self, parameters, options: Adam8bitOptions, settings) -> Any:
         from crnet.optimizers.adam8bit.module import Adam8bitAndAdamW
 
-        return Adam8bitAndAdamW(parameters, options, settings, BLOCK)
+        return Adam8bitAndAdamW(parameters, options, settings, self.name)
 
 
 METHODS = [Adam8bit()]

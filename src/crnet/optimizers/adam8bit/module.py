@@ -1,40 +1,17 @@
-"""bitsandbytes' 8-bit update and torch's AdamW behind one optimizer.
-
-Of bitsandbytes the kernel alone is used. Its own optimizer keeps the table of codes in every
-tensor's state, takes overrides from a global of the process, and writes its state in dicts within
-dicts that a checkpoint here could not count.
-"""
+"""bitsandbytes' 8-bit update and torch's AdamW behind one optimizer."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from crnet.errors import ConfigError
 from crnet.optimizers import Settings, param_groups
+from crnet.optimizers._eight_bits.module import EightBits
 from crnet.optimizers._torch import AdamW, Optimizer, loss_of
 from crnet.specs import TensorSpec
-
-
-class Codes:
-    """A map of 256 codes to values in [-1, 1], or [0, 1].
-
-    A state holds codes less that of 0 (modulo 256): a byte of 0 is the value 0, so that an event
-    that makes the optimizer forget is right for bytes too.
-    """
-
-    def __init__(self, table_256: Tensor):
-        self.table = table_256
-        (self.of_zero,) = (table_256 == 0).nonzero().flatten().tolist()
-
-    def to(self, device: torch.device) -> Tensor:
-        if self.table.device != device:
-            self.table = self.table.to(device)
-        return self.table
 
 
 class Adam8bitAndAdamW(Optimizer):
@@ -45,16 +22,11 @@ class Adam8bitAndAdamW(Optimizer):
         parameters: Mapping[str, tuple[TensorSpec, Tensor]],
         options: Any,
         settings: Settings,
-        block: int,
+        name: str,
     ):
-        """``block``: items that share a maximum, the kernel's own number.
-
-        Raises ``ConfigError`` where bitsandbytes is missing.
-        """
-        functional, self.block = _functional(), block
-        self.first = Codes(functional.create_dynamic_map(signed=True))
-        self.second = Codes(functional.create_dynamic_map(signed=False))
-        self.update = functional.optimizer_update_8bit_blockwise
+        """Raises ``ConfigError``, which calls the optimizer by ``name``, where bitsandbytes is
+        missing."""
+        self.eight_bits = EightBits(name)
         narrow = {name: each for name, each in parameters.items() if options.takes(each[0])}
         others = {name: each for name, each in parameters.items() if name not in narrow}
         defaults: dict[str, Any] = {"betas": (settings.beta1, settings.beta2), "eps": settings.eps}
@@ -83,49 +55,16 @@ class Adam8bitAndAdamW(Optimizer):
     def _step(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state |= _empty(parameter, self.block)
+            state["step"] = torch.zeros((), dtype=torch.float32)
         state["step"] += 1
-        codes = (state["exp_avg"], self.first), (state["exp_avg_sq"], self.second)
-        for stored, kind in codes:
-            stored.add_(kind.of_zero)
         assert parameter.grad is not None
-        gradient = parameter.grad.to(parameter.dtype).contiguous()
-        beta1, beta2 = group["betas"]
-        self.update(
-            "adam",
-            gradient,
+        self.eight_bits.adam_(
             parameter,
-            *(stored for stored, _ in codes),
-            *(beta1, beta2, 0.0, 0.0, group["eps"]),
-            int(state["step"]),
-            group["lr"],
-            *(kind.to(parameter.device) for _, kind in codes),
-            *(state["exp_avg_max"], state["exp_avg_sq_max"]),
-            group["weight_decay"],
+            parameter.grad,
+            state,
+            rate=group["lr"],
+            decay=group["weight_decay"],
+            betas=group["betas"],
+            eps=group["eps"],
+            step=int(state["step"]),
         )
-        for stored, kind in codes:
-            stored.sub_(kind.of_zero)
-
-
-def _empty(parameter: Tensor, block: int) -> dict[str, Tensor]:
-    """Moments of 0."""
-    codes = {
-        name: torch.zeros(parameter.shape, dtype=torch.uint8, device=parameter.device)
-        for name in ("exp_avg", "exp_avg_sq")
-    }
-    blocks = -(-parameter.numel() // block)
-    largest = {
-        f"{name}_max": torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
-        for name in codes
-    }
-    return {"step": torch.zeros((), dtype=torch.float32), **codes, **largest}
-
-
-def _functional() -> Any:
-    try:
-        return importlib.import_module("bitsandbytes.functional")
-    except ImportError as error:
-        raise ConfigError(
-            f"--optimizer.name adam8bit needs the package bitsandbytes ({error}); "
-            "pip install 'crnet[optim8bit]'"
-        ) from error

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from crnet.optimizers import Settings, param_groups
-from crnet.optimizers._projection import gaussian, is_right, project, seed_of
+from crnet.optimizers._projection import (
+    TINY,
+    gaussian,
+    growth,
+    is_right,
+    norm_of,
+    project,
+    seed_of,
+)
 from crnet.optimizers._torch import Optimizer, loss_of
 from crnet.specs import TensorSpec
-
-TINY = 1e-8
-"""Keeps ratios of norms finite."""
 
 
 class ProjectedAdam(Optimizer):
@@ -79,7 +84,7 @@ class ProjectedAdam(Optimizer):
         projected = project(g_MN, self._projection(name, g_MN, state))
         direction = self._direction(projected, state)
         side = int(is_right(tuple(g_MN.shape))) if self.per_channel else (0, 1)
-        scales = _norm(direction, side) / (_norm(projected, side) + TINY)
+        scales = norm_of(direction, side) / (norm_of(projected, side) + TINY)
         update = g_MN * scales.to(g_MN.dtype)
         root = math.sqrt(self.options.scale)
         if self.options.scale_front:
@@ -100,20 +105,10 @@ class ProjectedAdam(Optimizer):
         return p
 
     def _limit(self, update: Tensor, state: dict[str, Any]) -> None:
-        """Shrink a step whose norm grew too much; the first one is only noted.
-
-        Deviation: so is the first one after a step of zero, which nothing could grow from.
-        """
-        norm, limit = _norm(update, (0, 1)).squeeze(), self.options.growth_limit
-        if (last := state.get("norm")) is not None:
-            excess = (norm / (last + TINY)).clamp_(min=limit).div_(limit)
-            excess = excess.where(last > 0, 1.0)
+        """Shrink a step whose norm grew too much; the first one is only noted."""
+        norm = norm_of(update, (0, 1)).squeeze()
+        excess = growth(norm, state.get("norm"), self.options.growth_limit)
+        if excess is not None:
             update.div_(excess)
             norm = norm / excess
         state["norm"] = norm
-
-
-def _norm(x: Tensor, side: int | tuple[int, int]) -> Tensor:
-    """Frobenius norm over sides, which stay with size 1; fp32, fp64 for fp64."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=side, keepdim=True, dtype=wide)
