@@ -54,6 +54,9 @@ CASES = {
     "muon on factors and resets": ("relora", OptimizerConfig(name="muon")),
     "apollo": ("full", OptimizerConfig(name="apollo")),
     "apollo-mini": ("full", OptimizerConfig(name="apollo-mini")),
+    "adafactor": ("crnet", OptimizerConfig(name="adafactor")),
+    "scale": ("crnet", OptimizerConfig(name="scale")),
+    "stable-spam": ("crnet", OptimizerConfig(name="stable-spam")),
 }
 """Parameterization and optimizer."""
 LAYOUTS = {2: [{"shard": 2}], 4: [{"shard": 4}, {"data": 2, "shard": 2}]}
