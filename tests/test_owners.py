@@ -62,6 +62,9 @@ CASES = {
     ),
     "fira": ("full", OptimizerConfig(name="fira")),
     "dct-adamw": ("full", OptimizerConfig(name="dct-adamw")),
+    "adafactor": ("crnet", OptimizerConfig(name="adafactor")),
+    "scale": ("crnet", OptimizerConfig(name="scale")),
+    "stable-spam": ("crnet", OptimizerConfig(name="stable-spam")),
 }
 """Parameterization and optimizer."""
 LAYOUTS = {2: [{"shard": 2}], 4: [{"shard": 4}, {"data": 2, "shard": 2}]}
