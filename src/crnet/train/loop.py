@@ -270,11 +270,12 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _bar(steps: int, done: int, show: bool) -> tqdm[Any]:
+    hidden: dict[str, Any] = {} if show else {"disable": True}  # else TQDM_DISABLE says it
     return tqdm(
         total=steps,
         initial=done,
         unit="step",
-        **({} if show else {"disable": True}),  # shown: unless TQDM_DISABLE says otherwise
+        **hidden,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file wants few lines
     )

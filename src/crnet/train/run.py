@@ -398,14 +398,3 @@ def make_engine(
         return Engine(model, world)
     micro_batch = micro_batch_of(work_of_one(config, device), model.spec.whole())
     return PipelineEngine(model, world, micro_batch)
-
-
-def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optimizer:
-    """The optimizer of a model's trained parameters."""
-    section = config.optimizer
-    settings = settings_of(section, config.train.seed, config.train.steps)
-    method, options = optimizers.get(section.name), options_of(section, section.name)
-    parameters, update = model.trained(), update_of(config.train)
-    one = override(config, train={"batch_size": share_of(config)}).train
-    low_precision.widen_gradients(parameters, update, num_micro_batches(one))
-    return owners.build(method, parameters, options, settings, update)

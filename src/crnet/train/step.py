@@ -234,7 +234,7 @@ class Step:
 def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optimizer:
     """The optimizer of a model's trained parameters."""
     section = config.optimizer
-    settings = settings_of(section, config.train.seed)
+    settings = settings_of(section, config.train.seed, config.train.steps)
     method, options = optimizers.get(section.name), options_of(section, section.name)
     parameters, update = model.trained(), update_of(config.train)
     one = override(config, train={"batch_size": share_of(config)}).train
