@@ -297,7 +297,7 @@ def test_mix_gradcheck(others: int):
 
     outputs = [drawn(2, 3, 4) for _ in range(others + 1)]
     weights = drawn(1), drawn(others) if others else None
-    assert torch.equal(mix(outputs, *weights), naive_mix(outputs, *weights)) or others
+    torch.testing.assert_close(mix(outputs, *weights), naive_mix(outputs, *weights))
     inputs: Any = (*weights, *outputs)
     assert torch.autograd.gradcheck(lambda own, more, *x: mix(x, own, more), inputs)
 
@@ -305,6 +305,10 @@ def test_mix_gradcheck(others: int):
 def test_denseformer_refusals():
     with pytest.raises(ConfigError, match=r"denseformer\.period is 0; take 1 or more"):
         check(RunConfig(model=dense_former(1, 0)))
+    depth = DEEP.num_layers
+    check(RunConfig(model=dense_former(1, depth)))
+    with pytest.raises(ConfigError, match=f"no sum would be made; take at most {depth}"):
+        check(RunConfig(model=dense_former(1, depth + 1)))
 
 
 # --- attnres in groups ----------------------------------------------------------------------------

@@ -329,7 +329,7 @@ def spec_problems(spec: ModelSpec) -> list[str]:
     slots = [slot for block in spec.slots for slot in block if not slot.is_operator]
     problems = [
         *spec.architecture.problems(spec.shape, spec.architecture_options),
-        *spec.stream.problems(spec.stream_options),
+        *spec.stream.problems(spec.shape, spec.stream_options),
         *_expert_problems(spec),
     ]
     too_large = _too_large(spec, slots)

@@ -32,7 +32,7 @@ class Stream:
     """Recomputation that it allows. ``replay`` and ``invert`` build a block's state anew from what
     entered it and what its sublayers wrote: ``write`` must not need ``read``."""
 
-    def problems(self, options: Any) -> list[str]:
+    def problems(self, shape: Shape, options: Any) -> list[str]:
         """What is wrong with the options, one sentence each, with the mend."""
         return []
 

@@ -41,7 +41,7 @@ class AttentionResiduals(Stream):
     examples = (AttentionResidualsOptions(group=2), AttentionResidualsOptions(group=3))
     policies = ("none", "block")
 
-    def problems(self, options: AttentionResidualsOptions) -> list[str]:
+    def problems(self, shape: Shape, options: AttentionResidualsOptions) -> list[str]:
         if options.group >= 1:
             return []
         return [f"--model.attnres.group is {options.group}; take 1 or more"]

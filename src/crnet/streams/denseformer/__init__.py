@@ -79,12 +79,18 @@ class DenseFormer(Stream):
     examples = (DenseFormerOptions(dilation=2), DenseFormerOptions(period=2))
     policies = ("none", "block")
 
-    def problems(self, options: DenseFormerOptions) -> list[str]:
-        return [
+    def problems(self, shape: Shape, options: DenseFormerOptions) -> list[str]:
+        found = [
             f"--model.denseformer.{key} is {value}; take 1 or more"
             for key, value in dataclasses.asdict(options).items()
             if value < 1
         ]
+        if options.period > shape.num_layers:
+            found.append(
+                f"--model.denseformer.period {options.period} with {shape.num_layers} blocks: no "
+                f"sum would be made; take at most {shape.num_layers}"
+            )
+        return found
 
     def tensors(self, sublayer_idx, num_sublayers, shape, options):
         if sublayer_idx == num_sublayers:
