@@ -1033,7 +1033,7 @@ FAULTS = [
         "events come before the step",
         "train/step.py",
         "            self.optimizer.step()\n"
-        "        if self.late and self.model.has_events(step):\n"
+        "        if self.late and (self.model.has_events(step) or self._drops(step)):\n"
         "            done.check()\n"
         "        self._unread = done if self.late else None\n"
         "        self.run_events(step)\n",

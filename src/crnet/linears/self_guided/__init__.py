@@ -60,14 +60,17 @@ class SelfGuidedOptions:
 
     @property
     def is_guided(self) -> bool:
-        """Whether the guide is there. Of a run whose length nobody has said yet it is."""
+        """Whether the guide is there."""
         return self.guided_steps != 0
 
     @property
     def rho(self) -> float:
-        """Share of the guide in the output, from 1 to 0."""
+        """Share of the guide in the output, from 1 to 0; a half, which trains every tensor, in a
+        model of no run: nobody says there how long the guide is."""
+        if self.guided_steps is None:
+            return 0.5
         if not self.guided_steps:
-            return float(self.is_guided)
+            return 0.0
         return (1 + math.cos(math.pi * self.done_steps / self.guided_steps)) / 2
 
 
