@@ -434,9 +434,8 @@ FAULTS = [
     fault(
         "a guide leaves a step late",
         "linears/self_guided/__init__.py",
-        "if done >= guided:",
-        "if done > guided:",
-        f"{GUIDED}::test_options_follow_from_the_step",
+        "self.done_steps < self.guided_steps",
+        "self.done_steps <= self.guided_steps",
         f"{GUIDED}::test_the_guide_is_gone_from_a_checkpoint",
     ),
     fault(

@@ -26,6 +26,7 @@ from crnet.config.model_spec import model_at, model_spec
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import override
 from crnet.convert import convert_linears
+from crnet.cost.step import step_flops
 from crnet.cost.table import cost_rows, render, titles
 from crnet.cost.workload import workload
 from crnet.errors import ConfigError, TrainingError
@@ -37,6 +38,7 @@ from crnet.linears.self_guided import SelfGuidedOptions
 from crnet.measure import contract
 from crnet.measure import examples as small
 from crnet.model.build import build
+from crnet.report.gather import gather
 from crnet.storage import checkpoint
 from crnet.train import run as train
 from crnet.train.resume import snapshot
@@ -109,7 +111,7 @@ def test_without_its_guide_it_is_low_rank(dtype: torch.dtype):
 
 def test_rho_is_a_cosine():
     """1e-15 of the formula; 1 before the first step, 1/2 halfway, 0 once the guide is over."""
-    assert SelfGuidedOptions().rho == 1
+    assert SelfGuidedOptions().rho == 0.5  # outside of a run
     assert SelfGuidedOptions(guided_steps=0).rho == 0
     found = [SelfGuidedOptions(guided_steps=10, done_steps=done).rho for done in range(10)]
     assert found[0] == 1
@@ -126,7 +128,8 @@ def test_options_follow_from_the_step():
         assert (later.guided_steps, later.done_steps) == (150, 149)
         for step in (150, 151, 300):
             gone = METHOD.options_at(step, 300, given)
-            assert (gone.guided_steps, gone.done_steps) == (0, 0)
+            assert (gone.guided_steps, gone.done_steps) == (150, 150)
+            assert (gone.is_guided, gone.rho) == (False, 0)
     once_more = METHOD.options_at(20, 1000, dataclasses.replace(begun, done_steps=100))
     assert (once_more.guided_steps, once_more.done_steps) == (150, 120)
     assert METHOD.options_at(0, 1, SelfGuidedOptions()).guided_steps == 1
@@ -225,8 +228,7 @@ def test_the_guide_is_gone_from_a_checkpoint(corpus: Path, whole_run: Path):
         assert of_state == weights.keys()
         assert len(state["state"]) == len(weights)
         assert len(guides) == (21 if step < 6 else 0)
-        guided_steps, done = (6, step) if step < 6 else (0, 0)
-        assert (options.guided_steps, options.done_steps) == (guided_steps, done)
+        assert (options.guided_steps, options.done_steps) == (6, min(step, 6))
     assert weights.keys() == names.tensors.keys()
 
 
@@ -286,7 +288,7 @@ def test_another_length_of_the_guide_is_refused(corpus: Path, tmp_path: Path):
         run(longer, tmp_path / "run", resume=True)
     said = override(longer, model={"self_guided": {"guided_steps": 6}})
     assert run(said, tmp_path / "run", resume=True).step == 8
-    assert saved(tmp_path / "run", 8).config.model.self_guided.guided_steps == 0
+    assert not saved(tmp_path / "run", 8).config.model.self_guided.is_guided
 
 
 def test_a_guide_that_outlives_the_run(corpus: Path, tmp_path: Path):
@@ -299,7 +301,7 @@ def test_a_guide_that_outlives_the_run(corpus: Path, tmp_path: Path):
     tuned = override(tuned, train={"init_from": first.run_dir, "steps": 4})
     result = run(tuned, tmp_path / "tuned")
     assert result.before == first.after
-    assert saved(tmp_path / "tuned", 4).config.model.self_guided.guided_steps == 0
+    assert not saved(tmp_path / "tuned", 4).config.model.self_guided.is_guided
     assert result.num_parameters < first.num_parameters
 
 
@@ -349,6 +351,30 @@ def test_transformers_reads_it(whole_run: Path, step: int, tmp_path: Path):
     model.save_pretrained(tmp_path / "again")
     again = CRNetForCausalLM.from_pretrained(tmp_path / "again").eval()
     assert torch.equal(again(tokens).logits, expected)
+
+
+def test_a_report_of_a_run(corpus: Path, tmp_path: Path, whole_run: Path):
+    """Size, FLOPs spent so far, and the matrices of the newest checkpoint: of the model that it is
+    by then. A card, which cannot know what earlier steps took, does not say it."""
+    run(override(guided(corpus), train={"stop_after_steps": 4}), tmp_path / "run")
+    work = workload(saved(whole_run, 2).config)
+    end = work.at_end()
+    assert end is not None
+    before, after = (step_flops(each, each.plan)["total"] for each in (work, end))
+    for folder, num_parameters, flops in (
+        (tmp_path / "run", work.num_parameters(), 4 * before),
+        (whole_run, end.num_parameters(), 6 * before + 6 * after),
+    ):
+        (found,) = gather([folder], samples=False)["runs"]
+        assert found["problems"] == []
+        assert found["summary"]["parameters"] == num_parameters
+        assert found["summary"]["flops"] == flops
+        assert found["training"]["flops"][0] == before
+        assert found["training"]["flops"][-1] == flops
+        assert found["spectra"]
+    card = (saved(whole_run, 12).folder / "README.md").read_text()
+    assert "FLOPs a token" in card
+    assert "in all" not in card
 
 
 def test_the_export_is_that_of_low_rank(whole_run: Path, tmp_path: Path):
@@ -477,12 +503,16 @@ def test_the_cost_is_said_of_both_halves():
     both = low.num_parameters() + full.num_parameters() - outside
     assert rows["parameters", "total"] == work.num_parameters() == both
     assert rows["memory", "none"] > end["memory at the peak"]
-    assert "once tensors of self-guided have left the model" in render(
+    assert work.num_steps_whole() == config.train.steps // 2
+    assert low.num_steps_whole() == config.train.steps
+    assert "after step 150, once tensors of self-guided have left the model" in render(
         cost_rows(work), titles(work)
     )
     stays = override(config, model={"self_guided": {"guided_steps": config.train.steps + 1}})
     assert workload(stays).at_end() is None
+    assert workload(stays).num_steps_whole() == config.train.steps
     last = override(config, model={"self_guided": {"guided_steps": config.train.steps}})
+    assert workload(last).num_steps_whole() == config.train.steps
     assert workload(last).at_end() is not None
 
 
@@ -517,7 +547,7 @@ def test_copies_are_not_refused():
     ("options", "message"),
     [
         (SelfGuidedOptions(guided_steps=-1), "guided-steps is -1; take 1 or more, 0 for no guide"),
-        (SelfGuidedOptions(guided_steps=5, done_steps=5), "done-steps is 5 of guided-steps 5; it"),
+        (SelfGuidedOptions(guided_steps=5, done_steps=6), "done-steps is 6 of guided-steps 5; it"),
         (SelfGuidedOptions(guided_steps=0, done_steps=1), "done-steps is 1 of guided-steps 0; it"),
         (SelfGuidedOptions(done_steps=1), "done-steps is 1 of guided-steps None; it is"),
         (SelfGuidedOptions(guided_steps=5, done_steps=-1), "done-steps is -1 of guided-steps 5"),

@@ -741,6 +741,9 @@ def most_off(config: ModelConfig) -> float:
     # errors have a median of 0.030, those of full rank 0.018.
     if (config.linear, config.architecture) == ("switchlora", "qwen3-moe"):
         return 0.05
+    # Likewise one token; over twenty batches the median is that of full rank, 0.018.
+    if (config.linear, config.architecture) == ("self-guided", "qwen3-moe"):
+        return 0.05
     return 0.03
 
 

@@ -276,6 +276,11 @@ class ModelSpec:
         """The model after so many steps of a run that began with this one (``model_at``)."""
         return dataclasses.replace(self, config=model_at(self.config, step, num_steps))
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the model is the same one at every step."""
+        return type(self.linear).options_at is Parameterization.options_at
+
     def whole(self) -> ModelSpec:
         """The model with the tensors of every process."""
         return self if self.held is None else dataclasses.replace(self, held=None)

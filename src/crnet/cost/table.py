@@ -160,8 +160,9 @@ def titles(work: Workload, on: Device | None = None, ranks: int = 1) -> dict[Sec
             f"{on.bytes_per_s / 1e9:g} GB/s; fused: with kernels that are not here yet{without}"
         )
     if work.at_end() is not None:
+        linear, step = work.spec.linear.name, work.num_steps_whole()
         found["at the end"] = (
-            f"once tensors of {work.spec.linear.name} have left the model; above: before "
+            f"after step {step}, once tensors of {linear} have left the model; above: before "
             f"(bytes in GiB; recompute {policy})"
         )
     return found

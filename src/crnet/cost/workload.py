@@ -5,6 +5,7 @@ Below this file nobody takes a ``RunConfig``.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -54,10 +55,21 @@ class Workload:
         """Items of every tensor."""
         return sum(tensor.num_items for tensor in self.spec.tensors.values())
 
+    def num_steps_whole(self) -> int:
+        """Steps of the run until tensors leave the model (``ModelSpec.at``); all, where none do."""
+        if self.spec.is_fixed:
+            return self.num_steps
+        names = self.spec.tensors.keys()
+        steps = range(1, self.num_steps)
+        gone = bisect.bisect_left(
+            steps, True, key=lambda step: self.spec.at(step, self.num_steps).tensors.keys() != names
+        )
+        return gone + 1
+
     def at_end(self) -> Workload | None:
         """The same with the model that is left after the last step; None: it is this one."""
         spec = self.spec.at(self.num_steps, self.num_steps)
-        if spec.tensors == self.spec.tensors:
+        if self.spec.is_fixed or spec.tensors.keys() == self.spec.tensors.keys():
             return None
         return dataclasses.replace(
             self, spec=spec, micro_batch=dataclasses.replace(self.micro_batch, spec=spec)

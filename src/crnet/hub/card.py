@@ -52,7 +52,9 @@ def card(
         "perplexity": _reached(found),
         **_measured(found),
         "cost": f"{_token_flops(config):.4g} FLOPs a token forward and backward (products; "
-        f"recomputation not counted), {_token_flops(config) * at.tokens:.4g} in all",
+        "recomputation not counted)"
+        # Of a model that was another one in earlier steps, which a checkpoint does not tell.
+        + (f", {_token_flops(config) * at.tokens:.4g} in all" if spec.is_fixed else ""),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---

@@ -254,24 +254,33 @@ class LanguageModel(nn.Module):
 
     def become(self, spec: ModelSpec) -> bool:
         """Be the model that this one is at another step (``ModelSpec.at``): its maps take the
-        options, and drop what these no longer declare.
+        options, and drop what these no longer declare (``dropped_by``).
 
         Returns: whether any tensor is gone.
         """
         if spec.linear_options == self.spec.linear_options:
             return False
         spec = dataclasses.replace(self.spec, config=spec.config)  # stored as this one is
-        gone = self.spec.tensors.keys() - spec.tensors.keys()
+        gone = self.dropped_by(spec)
+        for mapped, name in gone:
+            mapped.register_parameter(name, None)
         for block in self.model.blocks():
             for slot in spec.slots[block.layer_idx]:
-                mapped = block.maps[slot.position]
-                owner = spec.map_name(slot)
-                for name in [name for name, _ in mapped.named_parameters(recurse=False)]:
-                    if f"{owner}.{name}" in gone:
-                        mapped.register_parameter(name, None)
-                mapped.take(spec.linear_options)
+                block.maps[slot.position].take(spec.linear_options)
         self.spec = self.model.spec = spec
         return bool(gone)
+
+    def dropped_by(self, spec: ModelSpec) -> list[tuple[nn.Module, str]]:
+        """Maps, and names of tensors there, that the model at another step does not have."""
+        if spec.linear_options == self.spec.linear_options:
+            return []
+        found = []
+        for block in self.model.blocks():
+            for slot in spec.slots[block.layer_idx]:
+                mapped, declared = block.maps[slot.position], spec.map_tensors(slot)
+                own = [name for name, _ in mapped.named_parameters(recurse=False)]
+                found += [(mapped, name) for name in own if name not in declared]
+        return found
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:

@@ -43,9 +43,9 @@ class Run(RunFolder):
     saved: Checkpoint | None
     """The newest whole checkpoint."""
 
-    @property
-    def spec(self) -> ModelSpec:
-        return self.work.spec
+    def spec_at(self, step: int) -> ModelSpec:
+        """Of the model after so many steps."""
+        return self.work.spec.at(step, self.work.num_steps)
 
     @property
     def state(self) -> str:
@@ -139,7 +139,7 @@ def of_run(name: str, run: Run, samples: bool) -> Values:
         "training": _columns(_with_axes(thinned(run.training, "loss"), run)),
         "num_training_rows": len(run.training),
         "validation": _columns(_with_axes(run.validation, run)),
-        "ranks": ranks(run.spec),
+        "ranks": ranks(run.work.spec),
         "history": history(run),
         "manifest": {key: run.manifest[key] for key in run.manifest if key != "earlier_starts"},
         "checkpoint": None,
@@ -150,7 +150,7 @@ def of_run(name: str, run: Run, samples: bool) -> Values:
     if run.saved is not None:
         try:
             found["checkpoint"] = {"step": run.saved.progress.step, "folder": str(run.saved.folder)}
-            found |= tensors_of(run.saved, run.spec)
+            found |= tensors_of(run.saved, run.spec_at(run.saved.progress.step))
             found["sample"] = sample(run.saved) if samples else None
         except ConfigError as error:
             run.problems.extend(error.problems)
@@ -163,14 +163,15 @@ def summary(run: Run) -> Values:
     tokens = training[-1]["tokens"] if training else 0
     seconds = sum(_intervals(training))
     peaks = [row["peak_bytes"] for row in training if "peak_bytes" in row]
-    maps = [run.spec.map_tensors(slot).values() for block in run.spec.slots for slot in block]
+    spec = run.spec_at(run.step)
+    maps = [spec.map_tensors(slot).values() for block in spec.slots for slot in block]
     return {
         "state": run.state,
         "preset": run.config.preset,
         "method": run.config.model.linear,
         "step": run.step,
         "steps": run.config.train.steps,
-        "parameters": run.work.num_parameters(),
+        "parameters": sum(tensor.num_items for tensor in spec.tensors.values()),
         "block_parameters": sum(tensor.num_items for each in maps for tensor in each),
         "tokens": tokens,
         "train_loss": training[-1]["loss"] if training else None,
@@ -179,7 +180,7 @@ def summary(run: Run) -> Values:
         **{key: last[key] for key in sorted(last) if key not in _OF_EVALUATION},
         "seconds": seconds,
         "tokens_per_s": tokens / seconds if seconds else None,
-        "flops": total_flops(run) * run.step,
+        "flops": total_flops(run, [run.step])[0],
         "peak_bytes": max(peaks, default=None),
         "predicted_bytes": step_memory(run.work),
         "precision": precision_of(run.config.train),
@@ -190,9 +191,11 @@ def summary(run: Run) -> Values:
 _OF_EVALUATION = {"step", "val_loss", "val_perplexity", "val_tokens", "val_bytes", "val_precision"}
 
 
-def total_flops(run: Run) -> int:
-    """Of one optimizer step, all processes, recomputation with it."""
-    return step_flops(run.work, run.work.plan)["total"]
+def total_flops(run: Run, steps: Sequence[int]) -> list[int]:
+    """Of so many optimizer steps from the first on, all processes, recomputation with it."""
+    work, end, turn = run.work, run.work.at_end() or run.work, run.work.num_steps_whole()
+    before, after = (step_flops(each, each.plan)["total"] for each in (work, end))
+    return [before * min(step, turn) + after * max(step - turn, 0) for step in steps]
 
 
 def _intervals(training: Sequence[Row]) -> list[float]:
@@ -205,9 +208,10 @@ def _intervals(training: Sequence[Row]) -> list[float]:
     ]
 
 
-def _with_axes(rows: Iterable[Row], run: Run) -> list[Row]:
+def _with_axes(rows: Sequence[Row], run: Run) -> list[Row]:
     """Rows with what they can be drawn against: tokens, FLOPs, seconds of training."""
-    training, flops = run.training, total_flops(run)
+    training = run.training
+    flops = total_flops(run, [row["step"] for row in rows])
     steps, tokens, seconds = [0], [0.0], [0.0]
     for row, interval in zip(training, _intervals(training), strict=True):
         steps.append(row["step"])
@@ -217,10 +221,10 @@ def _with_axes(rows: Iterable[Row], run: Run) -> list[Row]:
         row
         | {
             "tokens": _between(row["step"], steps, tokens),
-            "flops": flops * row["step"],
+            "flops": spent,
             "seconds": _between(row["step"], steps, seconds),
         }
-        for row in rows
+        for row, spent in zip(rows, flops, strict=True)
     ]
 
 

@@ -136,7 +136,7 @@ class Step:
             if clip:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, clip, norm)
             self.optimizer.step()
-        if self.late and (self.model.has_events(step) or self._drops(step)):
+        if self.late and self.model.has_events(step):
             done.check()
         self._unread = done if self.late else None
         self.run_events(step)
@@ -178,22 +178,14 @@ class Step:
         Then the model is the one of that step (``ModelSpec.at``)."""
         around = self.engine.around_events()
         run_events(self.model, self.optimizer, step, self.config.train.seed, around)
-        self._become(self._spec_at(step))
-
-    def _spec_at(self, step: int) -> ModelSpec:
         config = model_at(self.config.model, step, self.config.train.steps)
-        return dataclasses.replace(self.model.spec, config=config)
-
-    def _drops(self, step: int) -> bool:
-        """Whether tensors leave the model once ``step`` steps are done."""
-        spec = self._spec_at(step)
-        if spec.linear_options == self.model.spec.linear_options:
-            return False
-        return spec.tensors.keys() != self.model.spec.tensors.keys()
+        self._become(dataclasses.replace(self.model.spec, config=config))
 
     def _become(self, spec: ModelSpec) -> None:
         """Make the model another one. Where tensors leave it, the optimizer and what wraps the
         model are made anew, as a resumed run makes them; every state that is left stays."""
+        if self.late and self.model.dropped_by(spec):
+            self.check()
         if not self.model.become(spec):
             return
         former = self.optimizer

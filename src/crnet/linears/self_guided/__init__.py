@@ -6,8 +6,8 @@ is the dense map's. W begins as the product A B. Once ``guided_steps`` steps are
 from the model and from the optimizer, and what is left is ``lowrank``: its checkpoints, its bytes,
 its FLOPs, its export.
 
-A checkpoint says in its options where the guide stood (``done-steps``) or that it is over
-(``guided-steps 0``); so it is evaluated, exported and fine-tuned without a word more. While the
+A checkpoint says in its options how many of the guided steps are done (``done-steps``), all of them
+where the guide is gone; so it is evaluated, exported and fine-tuned without a word more. While the
 guide is there, the map is the matrix ``rho W + (1 - rho) (A B)^T``, and that is what
 ``crnet export --to hf-llama`` writes.
 
@@ -38,6 +38,7 @@ from crnet.linears._declarations import (
     dense_backward,
     factors,
     factors_work,
+    pair,
     updated_work,
 )
 from crnet.specs import OWN, Slot, Split, TensorSpec, Work, in_each_way
@@ -60,14 +61,17 @@ class SelfGuidedOptions:
 
     @property
     def is_guided(self) -> bool:
-        """Whether the guide is there. Of a run whose length nobody has said yet it is."""
-        return self.guided_steps != 0
+        """Whether the guide is there."""
+        return self.guided_steps is None or self.done_steps < self.guided_steps
 
     @property
     def rho(self) -> float:
-        """Share of the guide in the output, from 1 to 0."""
-        if not self.guided_steps:
-            return float(self.is_guided)
+        """Share of the guide in the output, from 1 to 0; a half, which trains every tensor, in a
+        model of no run: nobody says there how long the guide is."""
+        if self.guided_steps is None:
+            return 0.5
+        if not self.is_guided:
+            return 0.0
         return (1 + math.cos(math.pi * self.done_steps / self.guided_steps)) / 2
 
 
@@ -90,7 +94,7 @@ class SelfGuided(Parameterization):
                 f"--model.self-guided.guided-steps is {guided}; take 1 or more, 0 for no guide, or "
                 "leave it out for the first half of the run"
             )
-        elif not 0 <= done < (guided or 1):
+        elif not 0 <= done <= (guided or 0):
             found.append(
                 f"--model.self-guided.done-steps is {done} of guided-steps {guided}; it is what a "
                 "checkpoint says of itself: leave it out"
@@ -100,21 +104,19 @@ class SelfGuided(Parameterization):
     def options_at(
         self, step: int, num_steps: int, options: SelfGuidedOptions
     ) -> SelfGuidedOptions:
-        """``guided_steps`` as a number, and how many are done; 0 of 0 once they all are."""
+        """``guided_steps`` as a number, and how many of them are done."""
         guided = options.guided_steps
         if guided is None:
             guided = max(num_steps // 2, 1)
-        done = options.done_steps + step
-        if done >= guided:
-            guided = done = 0
+        done = min(options.done_steps + step, guided)
         return dataclasses.replace(options, guided_steps=guided, done_steps=done)
 
     def tensors(self, slot: Slot, options: SelfGuidedOptions) -> dict[str, TensorSpec]:
-        found = factors(slot, options.init, options.lr_factor)
         if not options.is_guided:
-            return found
-        every = dense(slot) | found  # the guide begins as the product, and draws what that needs
-        return {name: dataclasses.replace(spec, init=OWN) for name, spec in every.items()}
+            return factors(slot, options.init, options.lr_factor)
+        # The guide begins as the product, and draws what that needs.
+        guide = {name: dataclasses.replace(spec, init=OWN) for name, spec in dense(slot).items()}
+        return guide | pair(slot, OWN, OWN, options.lr_factor)
 
     def work(self, slot: Slot, options: SelfGuidedOptions, rows: int, item_bytes: int) -> Work:
         if not options.is_guided:
