@@ -744,6 +744,10 @@ def most_off(config: ModelConfig) -> float:
     # Likewise one token; over twenty batches the median is that of full rank, 0.018.
     if (config.linear, config.architecture) == ("self-guided", "qwen3-moe"):
         return 0.05
+    # Its rounding reaches the router: over twenty batches errors have a median of 0.037, 0.014 in
+    # llama, where no token can go to another expert.
+    if (config.linear, config.architecture) == ("dlr", "qwen3-moe"):
+        return 0.05
     return 0.03
 
 
