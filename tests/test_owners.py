@@ -62,6 +62,7 @@ CASES = {
     ),
     "fira": ("full", OptimizerConfig(name="fira")),
     "dct-adamw": ("full", OptimizerConfig(name="dct-adamw")),
+    "flora": ("crnet", OptimizerConfig(name="flora")),
 }
 """Parameterization and optimizer."""
 LAYOUTS = {2: [{"shard": 2}], 4: [{"shard": 4}, {"data": 2, "shard": 2}]}

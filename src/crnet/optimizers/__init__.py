@@ -47,6 +47,8 @@ class OptimizerMethod:
     """A frozen dataclass; its fields become ``--optimizer.NAME.OPTION``."""
     examples: tuple[Any, ...] = ()
     """More ``Options`` that the contract is checked with (``measure.contract``)."""
+    trial_lr: float = 2e-2
+    """Peak rate at which the contract trains a small model (``measure.contract``)."""
     pads: bool = False
     """Whether zeros that a matrix is filled up with stay, and change no other item's update."""
     has_codes: bool = False
