@@ -65,6 +65,7 @@ CASES = {
     "adafactor": ("crnet", OptimizerConfig(name="adafactor")),
     "scale": ("crnet", OptimizerConfig(name="scale")),
     "stable-spam": ("crnet", OptimizerConfig(name="stable-spam")),
+    "flora": ("crnet", OptimizerConfig(name="flora")),
 }
 """Parameterization and optimizer."""
 LAYOUTS = {2: [{"shard": 2}], 4: [{"shard": 4}, {"data": 2, "shard": 2}]}
