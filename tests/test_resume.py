@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ from crnet.config.sections import RunConfig
 from crnet.config.serialize import from_dict, override, to_dict
 from crnet.data.prepare import prepare
 from crnet.errors import ConfigError
+from crnet.storage import checkpoint
 from crnet.storage.checkpoint import Checkpoint, Progress
 from crnet.train.resume import check_same_run, say_changes
 from crnet.train.step import learning_rate
 from test_config import FIELDS, another, to_dict_value
+from test_optimizer_state import assert_same
 from test_train import rows_of, run, tiny, weights_of
 
 # Every key
@@ -181,6 +184,79 @@ def test_resume_can_extend_a_run(corpus: Path, tmp_path: Path) -> None:
     assert said[0] == "resumed with --train.steps 10 (was 6)"
     assert f"runs at {learning_rate(7, longer):.4g}" in said[1]
     assert manifest["earlier_starts"][0]["resumed_with"] == []
+
+
+def rates(schedule: str, steps: int) -> dict[str, dict[str, Any]]:
+    """A run with a warm-up of two steps; of wsd the last fifth falls."""
+    saved = {"save_every_steps": 3, "keep_checkpoints": 1, "eval_every_steps": 0}
+    optimizer = {"schedule": schedule, "warmup_frac": 2 / steps}
+    return {"train": {"steps": steps, **saved}, "optimizer": optimizer}
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Bit: weights, the optimizer's state, the figures of every step."""
+    ours, wanted = checkpoint.newest(one), checkpoint.newest(other)
+    assert ours is not None
+    assert wanted is not None
+    assert_same(ours.weights(), wanted.weights())
+    assert_same(ours.state(), wanted.state())
+    assert ours.progress == wanted.progress
+    figures = ("step", "loss", "lr", "grad_norm", "val_loss")
+    found, expected = (
+        [{key: row[key] for key in figures if key in row} for row in rows_of(folder)]
+        for folder in (one, other)
+    )
+    assert [row for row in found if "lr" in row] == [row for row in expected if "lr" in row]
+    assert [row for row in found if "val_loss" in row][-1] == expected[-1]
+
+
+@pytest.mark.parametrize(("schedule", "kept"), [("wsd", 8), ("constant", 10)])
+def test_a_finished_run_extends_into_another_budget(
+    schedule: str, kept: int, corpus: Path, tmp_path: Path
+) -> None:
+    """From the checkpoint before the fall, though newer ones are there and one alone is to stay."""
+    short, long = (tiny(corpus, **rates(schedule, steps)) for steps in (10, 20))
+    run(short, tmp_path / "run")
+    steps = [10, 8] if schedule == "wsd" else [10]
+    assert [path.name for path in checkpoint.found(tmp_path / "run")] == [
+        f"step_{step}" for step in steps
+    ]
+    stopped = run(override(long, train={"stop_after_steps": 9}), tmp_path / "run", resume=True)
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["from_step"] == kept
+    if schedule == "wsd":  # the end of the shorter run lies beside it, and is passed over again
+        assert stopped.step == 9
+        assert checkpoint.folder_of(tmp_path / "run", 10).exists()
+    run(long, tmp_path / "run", resume=True)
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["from_step"] == (9 if schedule == "wsd" else 10)
+    run(long, tmp_path / "whole")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_whose_stable_checkpoint_is_gone_extends_from_its_end(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = tiny(corpus, **rates("wsd", 10))
+    run(config, tmp_path / "run")
+    shutil.rmtree(checkpoint.folder_of(tmp_path / "run", 8))
+    longer = override(config, train={"steps": 12})
+    run(longer, tmp_path / "run", resume=True)
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["from_step"] == 10
+    assert any("step 10 ran at learning rate" in line for line in manifest["resumed_with"])
+
+
+def test_another_warmup_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """The share of more steps is more of them; with the share that is said nothing is."""
+    old = override(RunConfig(), train={"steps": 100}, optimizer={"schedule": "wsd"})
+    longer = override(old, train={"steps": 300})
+    say_changes(saved_at(80, old), longer, HASHES)
+    said = capsys.readouterr().err
+    assert "the warm-up had 10 steps, and that of 300 steps has 30; --optimizer.warmup-frac" in said
+    share = float(said.partition("--optimizer.warmup-frac ")[2].split()[0])
+    say_changes(saved_at(80, old), override(longer, optimizer={"warmup_frac": share}), HASHES)
+    assert "warm-up had" not in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_changes_no_figure(corpus: Path, tmp_path: Path) -> None:

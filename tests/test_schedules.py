@@ -24,6 +24,11 @@ def factors(name: str, steps: Steps, at: list[int], **changed: Any) -> list[floa
     return [schedule.factor(step, options, steps) for step in at]
 
 
+def last_of(name: str, floor: float) -> float:
+    """The last step's factor."""
+    return floor if schedules.get(name).falls else 1.0
+
+
 @each_schedule
 @pytest.mark.parametrize("total", [40, 300, 10_000])
 def test_warms_up_stays_in_range_and_ends_at_the_floor(name: str, total: int):
@@ -32,7 +37,7 @@ def test_warms_up_stays_in_range_and_ends_at_the_floor(name: str, total: int):
     found = factors(name, steps, list(range(1, total + 1)))
     assert found[0] == pytest.approx(1 / steps.warmup, rel=1e-12)
     assert found[int(steps.warmup) - 1] == max(found) == 1
-    assert found[-1] == pytest.approx(0.1, rel=1e-12)
+    assert found[-1] == pytest.approx(last_of(name, 0.1), rel=1e-12)
     assert sum(factor <= 0 for factor in found) <= 3
     assert min(found) >= 0
 
@@ -59,7 +64,8 @@ def test_some_step_has_the_peak_rate_and_the_last_the_least(name: str, total: in
             assert rise == sorted(rise), (fraction, floor, found)
             assert abs(steps.warmup - fraction * total) <= 0.5 or steps.warmup == 1
             if total > steps.warmup:
-                assert found[-1] == pytest.approx(floor, abs=1e-15), (fraction, floor, found)
+                last = last_of(name, floor)
+                assert found[-1] == pytest.approx(last, abs=1e-15), (fraction, floor, found)
 
 
 def test_a_warmup_is_rounded_to_whole_steps():
@@ -72,7 +78,7 @@ def test_a_warmup_is_rounded_to_whole_steps():
 def test_no_warmup(name: str):
     found = factors(name, Steps(20, 0.0, 0.0), [1, 20])
     assert 0.9 < found[0] <= 1
-    assert found[1] == pytest.approx(0, abs=1e-12)
+    assert found[1] == pytest.approx(last_of(name, 0.0), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +115,29 @@ def test_jagged_cosine_is_the_cosine_between_restarts():
     steps = Steps(1000, 0.1, 0.1)
     at = [*range(1, 250), *range(300, 500), 1000]
     assert factors("jagged-cosine", steps, at, rewarmup_steps=50) == factors("cosine", steps, at)
+
+
+def test_linear_and_constant():
+    """Eighths of the fall, exact; and none."""
+    steps, at = Steps(1000, 0.2, 0.5), [100, 200, 300, 600, 900, 1000]
+    assert factors("linear", steps, at) == [0.5, 1, 0.9375, 0.75, 0.5625, 0.5]
+    assert factors("constant", steps, at) == [0.5, 1, 1, 1, 1, 1]
+
+
+@each_schedule
+@pytest.mark.parametrize("total", [2, 7, 40, 300])
+def test_up_to_the_last_stable_step_more_steps_change_nothing(name: str, total: int):
+    """Bit: a run of three times the steps, with a warm-up of as many. One step later it does."""
+    schedule, options = schedules.get(name), options_of(name)
+    steps = Steps(total, 0.25, 0.1)
+    more = Steps(3 * total, steps.warmup / (3 * total), 0.1)
+    stable = schedule.last_stable(options, steps)
+    assert (stable is not None) == (name == "wsd")
+    if stable is not None:
+        assert more.warmup == steps.warmup <= stable < total
+        for step in range(1, stable + 1):
+            assert schedule.factor(step, options, steps) == schedule.factor(step, options, more)
+        assert schedule.factor(stable + 1, options, steps) < 1
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,11 @@ def _method_problems(config: RunConfig) -> list[str]:
     steps = steps_of(config)
     schedule = schedules.get(optimizer.schedule)
     problems += schedule.problems(options_of(optimizer, schedule.name), steps)
+    if not schedule.falls and optimizer.min_lr_frac != type(optimizer).min_lr_frac:
+        problems.append(
+            f"--optimizer.min-lr-frac {optimizer.min_lr_frac:g} has no effect: the rate of "
+            f"--optimizer.schedule {schedule.name} does not fall; leave it out"
+        )
     size = model.vocab_size or config.data.vocab_size
     try:
         spec = model_spec(dataclasses.replace(model, vocab_size=size))

@@ -42,6 +42,9 @@ class Schedule:
     examples: tuple[Any, ...] = ()
     """More ``Options`` that the contract is checked with (``measure.contract``)."""
 
+    falls: bool = True
+    """Whether the last step has ``min_lr_frac``; else that key has no effect, and is refused."""
+
     def problems(self, options: Any, steps: Steps) -> list[str]:
         """What is wrong with the options, one sentence each, with the mend."""
         return []
@@ -49,6 +52,12 @@ class Schedule:
     def factor(self, step: int, options: Any, steps: Steps) -> float:
         """The rate of optimizer step ``step``, counted from 1, over the peak rate."""
         raise NotImplementedError
+
+    def last_stable(self, options: Any, steps: Steps) -> int | None:
+        """The last step, counted from 1, before a fall that the number of steps alone decides: up
+        to it a run of more steps, with a warm-up of as many, is the same run. Its checkpoint is
+        kept, and a finished run goes on from there into more steps. None: there is none such."""
+        return None
 
 
 def names() -> list[str]:

@@ -1,5 +1,9 @@
 """Warm-up, a stable stretch at the peak, a decay over the last steps.
 
+The checkpoint before the decay is kept. A finished run goes on from it into more steps,
+``crnet train --resume --train.steps MORE``, to the bit as a run that had them from the start: the
+warm-up must have as many steps, so divide ``--optimizer.warmup-frac`` by as much as steps grow.
+
 Source: Hu et al. 2024 (arXiv:2404.06395); the square root is that of Haegele et al. 2024
 (arXiv:2405.18392).
 """
@@ -10,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from crnet.schedules import Schedule, whole
+from crnet.schedules import Schedule, Steps, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +50,19 @@ class WSD(Schedule):
     def factor(self, step, options, steps):
         if step <= steps.warmup:
             return step / steps.warmup
-        decay = min(max(1, whole(options.decay_frac * steps.total)), steps.total - steps.warmup)
-        left = (steps.total - step) / decay
+        left = (steps.total - step) / _decay(options, steps)
         if left >= 1:
             return 1.0
         height = left if options.shape == "linear" else 1 - math.sqrt(1 - left)
         return steps.min_lr_frac + (1 - steps.min_lr_frac) * height
+
+    def last_stable(self, options, steps):
+        return steps.total - _decay(options, steps) if steps.total > steps.warmup else None
+
+
+def _decay(options: WSDOptions, steps: Steps) -> int:
+    """Steps of the fall."""
+    return min(max(1, whole(options.decay_frac * steps.total)), steps.total - steps.warmup)
 
 
 METHODS = [WSD()]

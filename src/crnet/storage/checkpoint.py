@@ -30,6 +30,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,8 +183,9 @@ def _loaded(load: Callable[[], dict[str, Tensor]], path: Path) -> dict[str, Tens
         raise ConfigError(f"{path}: cannot be read ({error})") from error
 
 
-def save(run_dir: Path, contents: Contents, keep: int) -> Path:
-    """Write ``run_dir/checkpoints/step_N`` and drop the oldest beyond ``keep`` (0: keep all).
+def save(run_dir: Path, contents: Contents, keep: int, spared: int | None = None) -> Path:
+    """Write ``run_dir/checkpoints/step_N`` and drop the oldest beyond ``keep`` (0: keep all), of
+    which that of the step ``spared`` is none.
 
     Raises:
         ConfigError: the disk is full or the folder cannot be written; earlier checkpoints are
@@ -200,7 +202,7 @@ def save(run_dir: Path, contents: Contents, keep: int) -> Path:
             begin(run_dir, contents.progress.step)
         _write(contents, unfinished)
         _publish(unfinished, target)
-    _prune(run_dir, contents.progress.step, keep)
+    _prune(run_dir, contents.progress.step, keep, spared)
     return target
 
 
@@ -364,11 +366,12 @@ def _to_disk(folder: Path) -> None:
     sync(folder)
 
 
-def _prune(run_dir: Path, step: int, keep: int) -> None:
+def _prune(run_dir: Path, step: int, keep: int, spared: int | None) -> None:
     """Drop the oldest beyond ``keep``; what is newer than ``step`` was damaged and passed over on
     resume, and is not counted."""
     if keep:
-        for old in [path for path in found(run_dir) if _step(path) <= step][keep:]:
+        counted = (path for path in found(run_dir) if spared != _step(path) <= step)
+        for old in list(counted)[keep:]:
             _remove(old)
 
 
@@ -381,15 +384,14 @@ def found(run_dir: Path) -> list[Path]:
     return sorted(folders, key=_step, reverse=True)
 
 
-def newest(run_dir: Path, *, with_state: bool = True) -> Checkpoint | None:
+def newest(run_dir: Path, *, with_state: bool = True, below: float = inf) -> Checkpoint | None:
     """The newest whole checkpoint of a run; a damaged one is named in a warning and passed over.
 
-    Args:
-        with_state: ``load``.
+    Args, with_state: ``load``. Only checkpoints of steps before ``below`` count.
     Raises:
         ConfigError: there are checkpoints and every one is damaged.
     """
-    folders = found(run_dir)
+    folders = [folder for folder in found(run_dir) if _step(folder) < below]
     damage = []
     for folder in folders:
         try:

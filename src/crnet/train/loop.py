@@ -23,7 +23,7 @@ from crnet.storage import checkpoint, metrics, parts
 from crnet.storage.checkpoint import Contents, Progress
 from crnet.train.resume import all_weights, random_states, snapshot
 from crnet.train.signals import Stop
-from crnet.train.step import Step, Stepped
+from crnet.train.step import Step, Stepped, last_stable_step
 
 TOKENS_BEFORE_TRAINING = 8192
 """Most input tokens of the evaluation before the first step."""
@@ -105,8 +105,8 @@ class Record:
         self._publish(contents)
 
     def _publish(self, contents: Contents) -> None:
-        keep = contents.config.train.keep_checkpoints
-        self.world.on_first(lambda: checkpoint.save(self.run_dir, contents, keep))
+        keep, spared = contents.config.train.keep_checkpoints, last_stable_step(contents.config)
+        self.world.on_first(lambda: checkpoint.save(self.run_dir, contents, keep, spared))
         self.last_checkpoint = checkpoint.folder_of(self.run_dir, contents.progress.step)
 
 
@@ -119,6 +119,7 @@ class Loop:
         self._record, self._stop, self._world = record, stop, record.world
         self.at = Progress(step=0, position=0, tokens=0)
         """Where the run stands."""
+        self._stable = last_stable_step(self.config)
         self._guarded: Added = {}
         self._trained, self._logged = _Clock(), _Clock()
 
@@ -157,7 +158,7 @@ class Loop:
             if self._evaluation_due(at.step) and (found := self._evaluate(at, bar)):
                 _write(bar, _progress_line(at, found))
             record.finish(wait=False)
-            if self._is_last(at) or _is_due(at.step, train.save_every_steps):
+            if self._saving_due(at.step):
                 record.save(at, self._step)
         bar.close()
         record.finish()
@@ -181,8 +182,12 @@ class Loop:
     def _due(self, step: int) -> bool:
         """Whether anything is written of a step: only then is its device waited for."""
         train = self.config.train
-        every = (train.log_every_steps, train.eval_every_steps, train.save_every_steps)
-        return step == train.steps or any(_is_due(step, each) for each in every)
+        every = (train.log_every_steps, train.eval_every_steps)
+        return self._saving_due(step) or any(_is_due(step, each) for each in every)
+
+    def _saving_due(self, step: int) -> bool:
+        train = self.config.train
+        return step in (train.steps, self._stable) or _is_due(step, train.save_every_steps)
 
     def _log(self, at: Progress, done: Stepped, bar: Any) -> None:
         """The rows of one step, where they are due."""

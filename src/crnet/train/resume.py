@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from crnet import optimizers
+from crnet.config.check import steps_of
 from crnet.config.model_spec import ModelSpec, config_at
 from crnet.config.resuming import Change, OnResume, changes
 from crnet.config.sections import RunConfig
@@ -32,7 +33,7 @@ from crnet.parallel.world import ALONE, World
 from crnet.storage import checkpoint
 from crnet.storage.checkpoint import Checkpoint
 from crnet.storage.manifest import MANIFEST
-from crnet.train.step import learning_rate
+from crnet.train.step import last_stable_step, learning_rate
 
 
 def check_folder(run_dir: Path, resume: bool) -> None:
@@ -52,20 +53,39 @@ def check_folder(run_dir: Path, resume: bool) -> None:
         raise ConfigError(f"{run_dir}: {nearest} {reason}; choose another --out")
 
 
-def newest_of(run_dir: Path, world: World = ALONE) -> Checkpoint | None:
-    """The newest whole checkpoint of a run. The first process alone reads it all to verify it; the
-    others take its word, and have the same one.
+def newest_of(run_dir: Path, config: RunConfig, world: World = ALONE) -> Checkpoint | None:
+    """The newest whole checkpoint of a run that the schedule of ``config`` can go on from. The
+    first process alone reads it all to verify it; the others take its word, and have the same one.
 
+    Where a checkpoint's rate has begun to fall to the end of fewer steps, one before that fall is
+    taken; if there is none, the newest all the same.
+
+    Args:
+        config: resolved, with which the run goes on.
     Raises:
         ConfigError: every checkpoint is damaged, or a process sees another one.
     """
-    saved = world.on_first(lambda: checkpoint.newest(run_dir))
+    saved = world.on_first(lambda: _newest(run_dir, config))
     if saved is None:
         return None
     saved = dataclasses.replace(saved, folder=checkpoint.folder_of(run_dir, saved.progress.step))
     found, name = saved.folder, f"checkpoint {saved.folder.name}"
     world.check_same(lambda: {name: checkpoint.fingerprint(found) or "not there"})
     return saved
+
+
+def _newest(run_dir: Path, config: RunConfig) -> Checkpoint | None:
+    newest = saved = checkpoint.newest(run_dir)
+    while saved is not None and _has_fallen(saved, config):
+        saved = checkpoint.newest(run_dir, below=saved.progress.step)
+    return saved or newest
+
+
+def _has_fallen(saved: Checkpoint, config: RunConfig) -> bool:
+    """Whether a checkpoint lies in the fall of a run of fewer steps."""
+    stable = last_stable_step(saved.config)
+    is_longer = config.train.steps > saved.config.train.steps
+    return is_longer and stable is not None and saved.progress.step > stable
 
 
 def check_plugins(run_dir: Path) -> None:
@@ -157,9 +177,23 @@ def _jump(saved: Checkpoint, config: RunConfig) -> Iterator[str]:
     step, old = saved.progress.step, saved.config
     if step == config.train.steps:
         return
+    yield from _other_warmup(saved, config)
     before, after = learning_rate(step, old) if step else 0.0, learning_rate(step + 1, config)
-    if step == old.train.steps or after != learning_rate(step + 1, old):
+    is_planned = step < old.train.steps and after == learning_rate(step + 1, old)
+    if before != after and not is_planned:
         yield f"step {step} ran at learning rate {before:.4g}, step {step + 1} runs at {after:.4g}"
+
+
+def _other_warmup(saved: Checkpoint, config: RunConfig) -> Iterator[str]:
+    """Where a schedule with a fall goes on into more steps, and is not the run that had them from
+    the start."""
+    stable, was, now = last_stable_step(saved.config), steps_of(saved.config), steps_of(config)
+    if stable is None or was.total == now.total or was.warmup == now.warmup:
+        return
+    yield (
+        f"the warm-up had {was.warmup} steps, and that of {now.total} steps has {now.warmup}; "
+        f"--optimizer.warmup-frac {was.warmup / now.total:.6g} keeps it"
+    )
 
 
 def all_weights(model: LanguageModel, world: World = ALONE) -> dict[str, Tensor]:

@@ -106,7 +106,8 @@ def run(config: RunConfig, run_dir: Path, *, resume: bool = False, progress: boo
         config: everything that decides the numbers; resolved and written to ``run.json``.
         run_dir: new, unless ``resume``.
         resume: go on from the newest whole checkpoint in ``run_dir``; bit-identical to a run that
-            was never interrupted (same machine and threads, CPU).
+            was never interrupted (same machine and threads, CPU). Into more steps: from the one
+            before the schedule's fall, where it has one (``Schedule.last_stable``).
         progress: show a progress bar on stderr.
     Raises:
         ConfigError: the configuration, the corpus or the folder cannot be used.
@@ -146,7 +147,7 @@ def _run(
     same = deterministic(device) if config.train.deterministic else contextlib.nullcontext()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    saved = newest_of(run_dir, world) if resume else None
+    saved = newest_of(run_dir, config, world) if resume else None
     changed = say_changes(saved, config, corpus.hashes, say=world.is_first) if resume else []
     began = _began_with(run_dir, saved, config, prepared)
     step = make_step(config, work.spec, device, saved, world, corpus.train)

@@ -39,6 +39,12 @@ def learning_rate(step: int, config: RunConfig) -> float:
     return config.optimizer.lr * schedule.factor(step, options, steps_of(config))
 
 
+def last_stable_step(config: RunConfig) -> int | None:
+    """``Schedule.last_stable`` of a run."""
+    schedule = schedules.get(config.optimizer.schedule)
+    return schedule.last_stable(options_of(config.optimizer, schedule.name), steps_of(config))
+
+
 @dataclass
 class Stepped:
     """What a step was like. On a GPU its figures may still be on their way: reading one waits."""
