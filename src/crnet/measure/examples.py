@@ -76,7 +76,7 @@ def _example(method: Any, options: Any) -> Example:
     chosen = {} if options is None else {field_name(method.name): options}
     model, optimizer = small_model(), OptimizerConfig(lr=2e-2, weight_decay=0.01)
     if isinstance(method, OptimizerMethod):
-        chosen |= {"name": method.name, "lr": method.tried_lrtrial_lr}
+        chosen |= {"name": method.name, "lr": method.tried_lr}
         return Example(method, model, dataclasses.replace(optimizer, **chosen))
     if isinstance(method, Schedule):
         changed = dataclasses.replace(optimizer, schedule=method.name, **chosen)

@@ -48,9 +48,7 @@ class OptimizerMethod:
     examples: tuple[Any, ...] = ()
     """More ``Options`` that the contract is checked with (``measure.contract``)."""
     tried_lr: float = 2e-2
-    """Base rate of those checks."""
-    trial_lr: float = 2e-2
-    """Peak rate at which the contract trains a small model (``measure.contract``)."""
+    """Peak rate at which the contract trains a small model."""
     pads: bool = False
     """Whether zeros that a matrix is filled up with stay, and change no other item's update."""
     has_codes: bool = False

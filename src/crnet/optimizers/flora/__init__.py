@@ -58,7 +58,7 @@ class Flora(OptimizerMethod):
         FloraOptions(rank=4, refresh_every=3, scale_parameter=False),
         FloraOptions(rank=3, refresh_every=2, projection="kept"),
     )
-    trial_lr = 0.1  # relative to weights of 0.02
+    tried_lr = 0.1  # relative to weights of 0.02
 
     def problems(self, options: FloraOptions) -> list[str]:
         return [
