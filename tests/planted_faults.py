@@ -436,7 +436,7 @@ FAULTS = [
         "linears/self_guided/__init__.py",
         "self.done_steps < self.guided_steps",
         "self.done_steps <= self.guided_steps",
-        f"{GUIDED}::test_the_guide_is_gone_from_a_checkpoint",
+        f"{GUIDED}::test_options_follow_from_the_step",
     ),
     fault(
         "a guide's gradient without its share",
