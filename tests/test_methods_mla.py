@@ -33,8 +33,8 @@ OPTIONS: Any = architectures.get("mla").Options
 CASES: dict[str, dict[str, Any]] = {
     "queries of the input": {},
     "queries of a latent": {"q_lora_rank": 6, "kv_lora_rank": 10},
-    "narrow values": {"q_lora_rank": 5, "qk_nope_head_dim": 3, "v_head_dim": 2},
-    "values as wide as keys": {"qk_nope_head_dim": 3, "qk_rope_head_dim": 4, "v_head_dim": 7},
+    "narrow values": {"q_lora_rank": 5, "qk_nope_head_dim": 2, "v_head_dim": 3},
+    "values as wide as keys": {"qk_nope_head_dim": 2, "qk_rope_head_dim": 4, "v_head_dim": 6},
 }
 each_case = pytest.mark.parametrize("case", CASES)
 
@@ -265,6 +265,10 @@ def test_attention_of_a_step_counts_filled_values():
         ({"model": {"mla": {"q_lora_rank": -1}}}, "q-lora-rank is -1; take 1 or more, or 0"),
         ({"model": {"mla": {"kv_lora_rank": 0}}}, "kv-lora-rank is 0; take 1 or more"),
         ({"model": {"mla": {"qk_nope_head_dim": 0}}}, "qk-nope-head-dim is 0"),
+        (
+            {"model": {"mla": {"qk_nope_head_dim": 3}}},
+            "dim is 3; .* even width: take 4",
+        ),
         ({"model": {"mla": {"v_head_dim": 0}}}, "v-head-dim is 0"),
         ({"model": {"mla": {"qk_rope_head_dim": 3}}}, "qk-rope-head-dim is 3; .* an even number"),
         ({"model": {"mla": {"qk_rope_head_dim": 0}}}, "qk-rope-head-dim is 0"),
@@ -302,7 +306,7 @@ def test_transformers_deepseek_is_not_converted():
 @pytest.mark.slow
 @torch.no_grad()
 def test_an_engine_with_heads_of_another_width_is_refused():
-    """Engines read ``head_dim``, which is no query's width here."""
+    """They read ``head_dim``, which is the width of a query."""
     import crnet.hf
     from crnet.hub.names import own_names
 
@@ -310,6 +314,7 @@ def test_an_engine_with_heads_of_another_width_is_refused():
         num_heads, head_size = 4, 4
 
     model = crnet.hf.CRNetForCausalLM(crnet.hf.CRNetConfig(crnet=own_names(small()))).model
+    assert model.config.head_dim == 6
     words = {"use_cache": False, "attention_instances": dict.fromkeys(range(3), Instance())}
     with pytest.raises(ConfigError, match="queries and keys are 6 wide"):
         model(input_ids=random_tokens(1, 9), **words)

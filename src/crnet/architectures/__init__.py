@@ -70,6 +70,10 @@ class Architecture:
         """Share in the gradient of how uneven its experts are (``Context.uneven``); 0: none."""
         return 0.0
 
+    def key_size(self, shape: Shape, options: Any) -> int:
+        """Width of a head's query and key, and of a value as attention gets it."""
+        return shape.head_size
+
     def cache_items(self, shape: Shape, options: Any) -> int:
         """What a block keeps of a token for those that come after it (``layers.cache``): keys and
         values of all heads."""

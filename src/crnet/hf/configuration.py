@@ -70,6 +70,7 @@ class CRNetConfig(PreTrainedConfig):
     def _described(self, theta: float | None) -> ModelConfig:
         values, problems = dict(self.crnet or {}), []
         given = {name: getattr(self, name) for name in STANDARD}
+        width = _key_size(values) if self.head_dim is not None else None
         given["rope_theta"] = (self.rope_parameters or {}).get("rope_theta", theta)
         kind = (self.rope_parameters or {}).get("rope_type", "default")
         if kind != "default":
@@ -77,7 +78,7 @@ class CRNetConfig(PreTrainedConfig):
         for name, value in given.items():
             own = STANDARD.get(name, name)
             stated = values.get(own)
-            if value is None or stated == value:
+            if value is None or stated == value or (name == "head_dim" and value == width):
                 continue
             if stated is not None and own != "vocab_size":  # what a resized embedding changes
                 problems.append(f"{name} is {value}, but crnet[{own!r}] is {stated}; leave one out")
@@ -108,6 +109,19 @@ class CRNetConfig(PreTrainedConfig):
         found = super().to_dict()
         found["crnet"] = own_names(self.model_config)
         return found
+
+
+def _key_size(values: dict[str, Any]) -> int | None:
+    """``head_dim`` of a model that the package's own configuration describes alone; None: it does
+    not, or there is no such model."""
+    if "head_size" not in values:
+        return None
+    try:
+        known = {"vocab_size": DataConfig().vocab_size} | values
+        spec = model_spec(build(ModelConfig, known, "crnet."))
+    except ValueError:  # which is said later
+        return None
+    return spec.architecture.key_size(spec.shape, spec.architecture_options)
 
 
 def _check(model: ModelConfig) -> None:

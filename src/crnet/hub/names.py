@@ -33,7 +33,8 @@ def standard_names(config: ModelConfig, length: int) -> dict[str, Any]:
 
     Args:
         length: tokens of a row in training, for an architecture that sets no bound of its own.
-    Returns: values for the keys of ``STANDARD``, ``max_position_embeddings``,
+    Returns: values for the keys of ``STANDARD`` (``head_dim`` as wide as engines' caches have
+        to be), ``max_position_embeddings``,
         ``rope_parameters``; ``sliding_window`` where there is one.
     """
     spec = model_spec(config)
@@ -41,6 +42,7 @@ def standard_names(config: ModelConfig, length: int) -> dict[str, Any]:
     longest = spec.architecture.max_length(spec.architecture_options)
     window = spec.architecture.window(spec.architecture_options)
     return {name: getattr(shape, own) for name, own in STANDARD.items()} | {
+        "head_dim": spec.architecture.key_size(shape, spec.architecture_options),
         "max_position_embeddings": longest or length,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         **({} if window is None else {"sliding_window": window}),

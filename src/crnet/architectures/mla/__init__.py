@@ -65,7 +65,8 @@ class MLAOptions:
     kv_lora_rank: int | None = None
     """Width of the latent of keys and values (DeepSeek-V3: 512); none: four heads' width."""
     qk_nope_head_dim: int | None = None
-    """Items of a head's query and key that are not rotated (128); none: --model.head-size."""
+    """Items of a head's query and key that are not rotated (128), an even number; none:
+    --model.head-size."""
     qk_rope_head_dim: int | None = None
     """Items of them that are (64), an even number; none: half of --model.head-size."""
     v_head_dim: int | None = None
@@ -109,7 +110,7 @@ class MLA(_rotary.RotaryArchitecture):
     Options = MLAOptions
     examples = (
         MLAOptions(q_lora_rank=8, kv_lora_rank=12, qk_rope_head_dim=4, v_head_dim=5),
-        MLAOptions(q_lora_rank=6, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=5),
+        MLAOptions(q_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=6),
     )
     pads = True
 
@@ -134,6 +135,11 @@ class MLA(_rotary.RotaryArchitecture):
         for flag, width in widths.items():
             if width < 1:
                 found.append(f"--model.mla.{flag} is {width}; take 1 or more")
+        if sizes.nope % 2:
+            found.append(
+                f"--model.mla.qk-nope-head-dim is {sizes.nope}; transformers wants queries of even "
+                f"width: take {sizes.nope + 1}"
+            )
         if sizes.rope < 2 or sizes.rope % 2:
             found.append(
                 f"--model.mla.qk-rope-head-dim is {sizes.rope}; rotary embedding turns pairs: take "
@@ -149,6 +155,9 @@ class MLA(_rotary.RotaryArchitecture):
 
     def rotated_size(self, shape, options):
         return sizes_of(shape, options).rope
+
+    def key_size(self, shape, options):
+        return sizes_of(shape, options).head
 
     def cache_items(self, shape, options):
         """Latent and rotary key."""
