@@ -62,6 +62,7 @@ CASES = {
     ),
     "fira": ("full", OptimizerConfig(name="fira")),
     "dct-adamw": ("full", OptimizerConfig(name="dct-adamw")),
+    "gradnorm-lorp": ("full", OptimizerConfig(name="gradnorm-lorp")),
     "flora": ("crnet", OptimizerConfig(name="flora")),
 }
 """Parameterization and optimizer."""
