@@ -172,7 +172,7 @@ def test_random_projections_are_orthonormal_and_uniform() -> None:
 
 # --- which tensors, and when ----------------------------------------------------------------------
 
-FAMILY = ("galore", "golore", "fira", "dct-adamw")
+FAMILY = ("galore", "golore", "fira", "dct-adamw", "gradnorm-lorp")
 each_of_the_family = pytest.mark.parametrize("name", FAMILY)
 
 
@@ -574,3 +574,60 @@ def test_a_missing_gradient_is_passed_over(name: str) -> None:
     optimizer.step()
     assert all(torch.equal(each, before[key]) for key, each in weights(model).items())
     assert {state["step"] for state in optimizer.state.values()} == {1}
+
+
+# --- GradNormLoRP ---------------------------------------------------------------------------------
+
+
+@each_shape
+def test_gradnorm_lorp_is_its_formula(shape: tuple[int, int]) -> None:
+    """With v and the lengths as tensors of their own, gradients by autograd through the
+    normalised matrix, and the decay on the lengths."""
+    start, _ = alone("gradnorm-lorp", shape)
+    v = start.detach().clone()
+    length = v.norm(dim=1, keepdim=True)
+    found: list[Tensor] = []  # directions of the lengths are those of gradients so far
+    gradients: list[Tensor] = []
+
+    def formula(it: Formula, g: Tensor, step: int) -> None:
+        nonlocal v, length
+        v.requires_grad_(True)
+        length.requires_grad_(True)
+        w = length * v / v.norm(dim=1, keepdim=True)
+        of_v, of_length = torch.autograd.grad(w, (v, length), g)
+        v, length = v.detach(), length.detach()
+        gradients.append(of_length)
+        found[:] = adam_directions(gradients)
+        it.refresh(of_v, step)
+        v = v - rate_at(step) * 0.25 * up(it.moments(down(of_v, it.p)), it.p, shape)
+        kept = 1 - SETTINGS.lr * SETTINGS.weight_decay
+        length = (length - rate_at(step) * found[-1]) * kept
+        it.w = length * v / v.norm(dim=1, keepdim=True)
+
+    run("gradnorm-lorp", shape, formula)
+    assert float((v.norm(dim=1) / start.detach().norm(dim=1) - 1).abs().max()) > 1e-4
+
+
+def test_gradnorm_lorp_moves_lengths_and_directions_apart() -> None:
+    """A gradient along the rows changes lengths alone, one across them directions alone."""
+    settings = Settings(**(vars(SETTINGS) | {"weight_decay": 0.0}))
+    for along in (True, False):
+        weight, optimizer = alone("gradnorm-lorp", (9, 8), rank=RANK, settings=settings)
+        before = weight.detach().clone()
+        unit = before / before.norm(dim=1, keepdim=True)
+        g = gradient((9, 8), 0)
+        inside = (g * unit).sum(1, keepdim=True) * unit
+        weight.grad = before.clone() if along else g - inside
+        optimizer.step()
+        lengths = weight.detach().norm(dim=1) / before.norm(dim=1) - 1
+        turned = weight.detach() / weight.detach().norm(dim=1, keepdim=True) - unit
+        assert (float(lengths.abs().max()) > 1e-4) == along
+        assert (float(turned.abs().max()) > 1e-5) == (not along)
+
+
+def test_gradnorm_lorp_refuses_a_row_of_zeros() -> None:
+    weight, optimizer = alone("gradnorm-lorp", (4, 3))
+    weight.data[2] = 0
+    weight.grad = gradient((4, 3), 0)
+    with pytest.raises(ConfigError, match="w has a row of zeros"):
+        optimizer.step()

@@ -65,6 +65,7 @@ CASES = {
     "adafactor": ("crnet", OptimizerConfig(name="adafactor")),
     "scale": ("crnet", OptimizerConfig(name="scale")),
     "stable-spam": ("crnet", OptimizerConfig(name="stable-spam")),
+    "gradnorm-lorp": ("full", OptimizerConfig(name="gradnorm-lorp")),
     "flora": ("crnet", OptimizerConfig(name="flora")),
 }
 """Parameterization and optimizer."""
