@@ -48,6 +48,7 @@ from crnet.model.device import prepare_device, with_precision
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
 from crnet.optimizers import _low_precision as low_precision
+from crnet.optimizers._composed import without_own_decay
 from crnet.paper import protocol
 from crnet.parallel import owners
 from crnet.parallel.engine import Engine
@@ -411,4 +412,6 @@ def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optim
     parameters, update = model.trained(), update_of(config.train)
     one = override(config, train={"batch_size": share_of(config)}).train
     low_precision.widen_gradients(parameters, update, num_micro_batches(one))
+    if section.decay == "composed":
+        parameters = without_own_decay(parameters)
     return owners.build(method, parameters, options, settings, update)

@@ -18,6 +18,7 @@ from crnet.config.sections import RunConfig, options_of
 from crnet.data.rows import IGNORED, Batches, Rows
 from crnet.errors import TrainingError
 from crnet.model.events import run_events
+from crnet.optimizers._composed import decay, tensors_of_pairs
 from crnet.parallel.engine import Engine, TokensAndTargets
 from crnet.storage.checkpoint import Progress
 
@@ -96,7 +97,9 @@ class Step:
         self.config, self.engine, self.optimizer, self.device = config, engine, optimizer, device
         self.model, self.world = engine.model, engine.world
         self._parameters = [parameter for _, parameter in self.model.trained().values()]
-        can = passes_over(optimizer) and not engine.is_split
+        composed = config.optimizer.decay == "composed"
+        self._pairs = tensors_of_pairs(self.model.trained()) if composed else []
+        can = passes_over(optimizer) and not (engine.is_split or composed)
         self.late = can and (device.type == "cuda" if late is None else late)
         self._unread: Stepped | None = None
 
@@ -134,6 +137,7 @@ class Step:
             done.check()
             if clip:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, clip, norm)
+            decay(self._pairs, self.optimizer, self.config.optimizer.weight_decay)
             self.optimizer.step()
         if self.late and self.model.has_events(step):
             done.check()
