@@ -127,6 +127,17 @@ def test_padding_changes_no_loss_and_stays_zero(linear: str, architecture: str):
             torch.testing.assert_close(weight, wanted[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_what_lion_fills_up_stays_zero():
+    """The sign of 0 is 0. fp64; no sign of these steps hangs on rounding."""
+    spec = model_spec(config_of("crnet", "llama"))
+    (plain, plain_optimizer), (wide, optimizer) = (
+        made(each, "lion") for each in (spec, spec.padded(64))
+    )
+    losses = trained(wide, optimizer, 5)
+    assert losses == pytest.approx(trained(plain, plain_optimizer, 5), rel=1e-12, abs=0)
+    assert not any(each.any() for each in filling(wide, dict(wide.named_parameters())))
+
+
 @each_pair
 def test_a_padded_model_starts_from_the_same_numbers(linear: str, architecture: str):
     spec = model_spec(config_of(linear, architecture))

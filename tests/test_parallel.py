@@ -93,6 +93,7 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
     },
     "guided": {"model": {"linear": "self-guided"}, "train": {"micro_batch_size": 2}},
     "packed": {"train": {"keep_as": "nf4"}},
+    "composed": {"optimizer": {"weight_decay": 5.0, "decay": "composed"}},
     "compiled": {"train": {"compile": True, "micro_batch_size": 2}},
 }
 """What is trained, by what differs from ``BASE``."""

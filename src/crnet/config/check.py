@@ -12,6 +12,7 @@ from typing import Any
 from crnet import architectures, linears, optimizers, schedules, streams
 from crnet.config.check_adapter import adapter_problems, unused_problems
 from crnet.config.check_changing import changing_problems
+from crnet.config.check_decay import decay_problems
 from crnet.config.check_pipeline import pipeline_problems
 from crnet.config.check_tensor import tensor_problems
 from crnet.config.model_spec import ModelSpec, model_spec
@@ -310,6 +311,7 @@ def _method_problems(config: RunConfig) -> list[str]:
         problems += _recompute_problems(spec, config.train)
         problems += adapter_problems(spec, config.train, config.parallel)
         problems += _moment_problems(spec, optimizer)
+        problems += decay_problems(spec, config)
     return problems
 
 

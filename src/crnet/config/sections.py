@@ -134,6 +134,9 @@ class BaseOptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: Fixed[float] = 0.0
     """Decoupled weight decay of matrices."""
+    decay: Fixed[Literal["own", "composed"]] = "own"
+    """What low-rank factors decay by. own: each as other matrices; composed: their product does,
+    by the gradient of its squared norm."""
     schedule: Fixed[str] = _method(defaults.SCHEDULE, "Learning rate over the steps.", schedules)
     warmup_frac: Free[float] = 0.1
     """Share of the steps over which the rate rises linearly, to the nearest whole step."""

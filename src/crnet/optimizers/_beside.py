@@ -47,6 +47,8 @@ class BesideAdamW(Optimizer):
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self.update(parameter, self.state[parameter], group)
+                        if not self.state[parameter]:  # nothing to save
+                            del self.state[parameter]
         if self.adam is not None:
             self.adam.state = self.state
             self.adam.param_groups = [it for it in self.param_groups if it["part"] == "adam"]

@@ -77,7 +77,10 @@ def newest_of(run_dir: Path, config: RunConfig, world: World = ALONE) -> Checkpo
 def _newest(run_dir: Path, config: RunConfig) -> Checkpoint | None:
     newest = saved = checkpoint.newest(run_dir)
     while saved is not None and _has_fallen(saved, config):
-        saved = checkpoint.newest(run_dir, below=saved.progress.step)
+        try:
+            saved = checkpoint.newest(run_dir, below=saved.progress.step)
+        except ConfigError:  # every earlier one is damaged, and said
+            saved = None
     return saved or newest
 
 

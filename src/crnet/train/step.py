@@ -25,6 +25,7 @@ from crnet.model.events import run_events
 from crnet.model.language_model import LanguageModel
 from crnet.optimizers import _low_precision as low_precision
 from crnet.parallel import owners
+from crnet.optimizers._composed import decay, tensors_of_pairs
 from crnet.parallel.engine import Engine, TokensAndTargets
 from crnet.storage.checkpoint import Progress
 
@@ -103,7 +104,9 @@ class Step:
         self.config, self.engine, self.optimizer, self.device = config, engine, optimizer, device
         self.model, self.world = engine.model, engine.world
         self._parameters = self._trained()
-        can = passes_over(optimizer) and not engine.is_split
+        composed = config.optimizer.decay == "composed"
+        self._pairs = tensors_of_pairs(self.model.trained()) if composed else []
+        can = passes_over(optimizer) and not (engine.is_split or composed)
         self.late = can and (device.type == "cuda" if late is None else late)
         self._unread: Stepped | None = None
 
@@ -141,6 +144,7 @@ class Step:
             done.check()
             if clip:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, clip, norm)
+            decay(self._pairs, self.optimizer, self.config.optimizer.weight_decay)
             self.optimizer.step()
         if self.late and self.model.has_events(step):
             done.check()

@@ -151,7 +151,7 @@ class LowPrecision(_torch.Optimizer):
     def _take_back(self, each: _Lent, dtypes: Mapping[Tensor, State]) -> None:
         """The inverse of ``_lend``, rounded."""
         parameter, stand_in = each.parameter, each.stand_in
-        state, stand_in.grad = dict(self._inner.state.pop(stand_in)), None
+        state, stand_in.grad = dict(self._inner.state.pop(stand_in, {})), None
         if each.master is not None:
             parameter.copy_(each.master)
             state[MASTER] = each.master
@@ -184,7 +184,7 @@ class LowPrecision(_torch.Optimizer):
         self._inner.step()
         found = {}
         for each in new:
-            found[each.parameter] = _dtypes(self._inner.state.pop(each.stand_in))
+            found[each.parameter] = _dtypes(self._inner.state.pop(each.stand_in, {}))
             each.stand_in.grad = None
         self._hand_groups()
         return found
