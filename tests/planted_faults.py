@@ -996,7 +996,7 @@ FAULTS = [
     ),
     fault(
         "a Newton-Schulz coefficient",
-        "optimizers/normuon/module.py",
+        "optimizers/_newton_schulz.py",
         "COEFFICIENTS = (3.4445, -4.775, 2.0315)",
         "COEFFICIENTS = (3.4445, -4.975, 2.0315)",
         "test_optimizers_adaptive.py::test_newton_schulz_is_a_polynomial_of_singular_values",

@@ -65,6 +65,14 @@ CASES = {
     "adafactor": ("crnet", OptimizerConfig(name="adafactor")),
     "scale": ("crnet", OptimizerConfig(name="scale")),
     "stable-spam": ("crnet", OptimizerConfig(name="stable-spam")),
+    "loro-adam": (
+        "crnet",
+        OptimizerConfig(
+            name="loro-adam", loro_adam=optimizers.get("loro-adam").Options(exact_every=3)
+        ),
+    ),
+    "spectron": ("crnet", OptimizerConfig(name="spectron")),
+    "lora-muon": ("cola", OptimizerConfig(name="lora-muon")),
 }
 """Parameterization and optimizer."""
 LAYOUTS = {2: [{"shard": 2}], 4: [{"shard": 4}, {"data": 2, "shard": 2}]}

@@ -38,15 +38,19 @@ class BesideAdamW(Optimizer):
         """Step one tensor that has a gradient, in place, decay included."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of both."""
-        loss = loss_of(closure)
+    def step_own(self) -> None:
+        """Step all of its own that have a gradient."""
         for group in self.param_groups:
             if group["part"] == "own":
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self.update(parameter, self.state[parameter], group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both."""
+        loss = loss_of(closure)
+        self.step_own()
         if self.adam is not None:
             self.adam.state = self.state
             self.adam.param_groups = [it for it in self.param_groups if it["part"] == "adam"]

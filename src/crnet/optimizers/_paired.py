@@ -1,0 +1,72 @@
+"""Optimizers that step both factors of a map together and leave the rest to torch's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crnet.optimizers import Settings
+from crnet.optimizers._beside import BesideAdamW, Parameters
+from crnet.optimizers._sharing import pairs
+
+
+class Factor(NamedTuple):
+    """One of a pair, with what a step of it needs."""
+
+    name: str
+    tensor: Tensor
+    """(in, R) or (R, out)."""
+    gradient: Tensor
+    state: dict[str, Any]
+    group: Mapping[str, Any]
+
+
+class PairsBesideAdamW(BesideAdamW):
+    """A subclass gives ``update_pair``."""
+
+    def __init__(self, parameters: Parameters, settings: Settings):
+        self.pairs = pairs({name: spec for name, (spec, _) in parameters.items()})
+        names = {*self.pairs, *self.pairs.values()}
+        own = {name: each for name, each in parameters.items() if name in names}
+        others = {name: each for name, each in parameters.items() if name not in names}
+        super().__init__(own, others, settings)
+
+    def update_pair(self, a: Factor, b: Factor) -> None:
+        """Step a pair in place, decay included; ``a`` (in, R), ``b`` (R, out)."""
+        raise NotImplementedError
+
+    def step_own(self) -> None:
+        found = {
+            name: (parameter, group)
+            for group in self.param_groups
+            if group["part"] == "own"
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+            if parameter.grad is not None
+        }
+        for pair in self.pairs.items():
+            given = [name for name in pair if name in found]
+            if not given:
+                continue
+            if len(given) == 1:
+                raise RuntimeError(
+                    f"of {' and '.join(pair)} only {given[0]} has a gradient; both are stepped "
+                    "together, so give both, or neither"
+                )
+            factors = [
+                Factor(name, parameter, parameter.grad, self.state[parameter], group)
+                for name in pair
+                for parameter, group in [found[name]]
+                if parameter.grad is not None
+            ]
+            self.update_pair(*factors)
+
+
+def add_product(target_LR: Tensor, x_LR: Tensor, z_RR: Tensor, kept: float, rate: float) -> None:
+    """``W <- kept W + rate X Z``, in place, one product where the dtypes are one."""
+    if target_LR.dtype == x_LR.dtype:
+        target_LR.addmm_(x_LR, z_RR, beta=kept, alpha=rate)
+    else:
+        target_LR.copy_(torch.addmm(target_LR.to(x_LR.dtype), x_LR, z_RR, beta=kept, alpha=rate))
