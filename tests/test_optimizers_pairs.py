@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from crnet import optimizers
+from crnet import linears, optimizers
 from crnet.config.check import check
 from crnet.config.presets import PRESETS
 from crnet.config.serialize import override
 from crnet.errors import ConfigError
+from crnet.measure import examples as small
 from crnet.optimizers import _low_precision as low_precision
 from crnet.optimizers._low_precision import module as lending
 from crnet.optimizers._newton_schulz import COEFFICIENTS, through_gram
@@ -402,6 +403,28 @@ def test_a_pair_has_one_owner(name: str):
 
 
 @each_name
+def test_every_parameterization_that_has_pairs(name: str):
+    """Events and leaving tensors among their steps: all stays finite, and all factors move."""
+    example, tried = small.examples(optimizers.get(name))[1], []
+    for linear in linears.names():
+        model = dataclasses.replace(small.small_model(), linear=linear)
+        of = dataclasses.replace(example, model=model)
+        trained = {key: spec for key, spec in of.spec.tensors.items() if spec.trained}
+        if not (found := pairs(trained)):
+            continue
+        built = of.build()
+        first = {key: each.detach().clone() for key, each in built.named_parameters()}
+        small.train(of, built, of.build_optimizer(built), 5)
+        for key, parameter in built.named_parameters():
+            assert bool(parameter.isfinite().all()), (linear, key)
+        for key in {*found, *found.values()}:
+            assert not torch.equal(built.get_parameter(key), first[key]), (linear, key)
+        tried.append(linear)
+    assert {"crnet", "cola", "lora", "loro", "lowrank", "sltrain", "switchlora"} <= {*tried}
+    assert not {"full", "rso", "sst"} & {*tried}
+
+
+@each_name
 @pytest.mark.parametrize(("linear", "has_pairs"), [("full", False), ("rso", False), ("cola", True)])
 def test_a_model_without_pairs_is_refused(name: str, linear: str, has_pairs: bool):
     run = override(
@@ -422,6 +445,8 @@ def test_a_model_without_pairs_is_refused(name: str, linear: str, has_pairs: boo
         ("loro-adam", {"exact_every": 0}, "exact-every"),
         ("spectron", {"momentum": 1.0}, "momentum"),
         ("lora-muon", {"momentum": -0.1}, "momentum"),
+        ("spectron", {"adam_lr_factor": 0.0}, "adam-lr-factor"),
+        ("lora-muon", {"adam_lr_factor": -1.0}, "adam-lr-factor"),
     ],
 )
 def test_bad_options_are_named(name: str, changed: dict[str, Any], word: str):

@@ -25,14 +25,18 @@ class Factor(NamedTuple):
 
 
 class PairsBesideAdamW(BesideAdamW):
-    """A subclass gives ``update_pair``."""
+    """A subclass gives ``update_pair``. AdamW's rate is ``adam_lr_factor`` of the base rate."""
 
-    def __init__(self, parameters: Parameters, settings: Settings):
+    def __init__(self, parameters: Parameters, settings: Settings, adam_lr_factor: float):
         self.pairs = pairs({name: spec for name, (spec, _) in parameters.items()})
         names = {*self.pairs, *self.pairs.values()}
         own = {name: each for name, each in parameters.items() if name in names}
         others = {name: each for name, each in parameters.items() if name not in names}
         super().__init__(own, others, settings)
+        for group in self.param_groups:
+            if group["part"] == "adam":
+                group["lr_factor"] *= adam_lr_factor
+                group["lr"] = settings.lr * group["lr_factor"]
 
     def update_pair(self, a: Factor, b: Factor) -> None:
         """Step a pair in place, decay included; ``a`` (in, R), ``b`` (R, out)."""

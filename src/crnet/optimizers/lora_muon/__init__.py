@@ -38,21 +38,28 @@ class LoraMuonOptions:
 
     momentum: float = 0.95
     """Decay of the momentum."""
+    adam_lr_factor: float = 1.0
+    """Rate of what AdamW trains over the base rate: a step here has a singular value of the rate,
+    and AdamW's has items of it."""
 
 
 class LoraMuon(OptimizerMethod):
     name = "lora-muon"
     summary = "Muon's step of a product of factors, whichever factors it has"
     Options = LoraMuonOptions
-    examples = (LoraMuonOptions(momentum=0.5),)
+    examples = (LoraMuonOptions(momentum=0.5, adam_lr_factor=0.5),)
     steps_pairs = True
     tried_lr = 0.4
 
     def problems(self, options: LoraMuonOptions) -> list[str]:
+        flag, found = "--optimizer.lora-muon", []
         if not 0 <= options.momentum < 1:
-            flag = "--optimizer.lora-muon.momentum"
-            return [f"{flag} is {options.momentum}; it must lie in [0, 1)"]
-        return []
+            found.append(f"{flag}.momentum is {options.momentum}; it must lie in [0, 1)")
+        if not options.adam_lr_factor > 0:
+            found.append(
+                f"{flag}.adam-lr-factor is {options.adam_lr_factor}; it must be above zero"
+            )
+        return found
 
     def state_bytes(self, spec: TensorSpec, options: LoraMuonOptions, item_bytes: int) -> int:
         if spec.partner is None:

@@ -18,7 +18,7 @@ class LoraMuonAndAdamW(PairsBesideAdamW):
     """State of a factor: ``momentum_buffer`` in its dtype."""
 
     def __init__(self, parameters: Parameters, options: Any, settings: Settings):
-        super().__init__(parameters, settings)
+        super().__init__(parameters, settings, options.adam_lr_factor)
         self.options = options
 
     def update_pair(self, a: Factor, b: Factor) -> None:

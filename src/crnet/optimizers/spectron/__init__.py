@@ -31,21 +31,28 @@ class SpectronOptions:
 
     momentum: float = 0.95
     """Decay of the momentum."""
+    adam_lr_factor: float = 1.0
+    """Rate of what AdamW trains over the base rate: a step here has a singular value of the rate,
+    and AdamW's has items of it."""
 
 
 class Spectron(OptimizerMethod):
     name = "spectron"
     summary = "orthogonalised steps of both factors, over the norms of the factors"
     Options = SpectronOptions
-    examples = (SpectronOptions(momentum=0.5),)
+    examples = (SpectronOptions(momentum=0.5, adam_lr_factor=0.5),)
     steps_pairs = True
     tried_lr = 0.4
 
     def problems(self, options: SpectronOptions) -> list[str]:
+        flag, found = "--optimizer.spectron", []
         if not 0 <= options.momentum < 1:
-            flag = "--optimizer.spectron.momentum"
-            return [f"{flag} is {options.momentum}; it must lie in [0, 1)"]
-        return []
+            found.append(f"{flag}.momentum is {options.momentum}; it must lie in [0, 1)")
+        if not options.adam_lr_factor > 0:
+            found.append(
+                f"{flag}.adam-lr-factor is {options.adam_lr_factor}; it must be above zero"
+            )
+        return found
 
     def state_bytes(self, spec: TensorSpec, options: SpectronOptions, item_bytes: int) -> int:
         if spec.partner is None:

@@ -21,7 +21,7 @@ class SpectronAndAdamW(PairsBesideAdamW):
     one, R items, fp32 (fp64 for fp64), drawn at first from (seed, name)."""
 
     def __init__(self, parameters: Parameters, options: Any, settings: Settings):
-        super().__init__(parameters, settings)
+        super().__init__(parameters, settings, options.adam_lr_factor)
         self.options, self.seed = options, settings.seed
 
     def update_pair(self, a: Factor, b: Factor) -> None:
