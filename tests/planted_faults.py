@@ -1088,8 +1088,8 @@ FAULTS = [
     fault(
         "pairs are asked of no model",
         "config/check_optimizer.py",
-        "if method.steps_pairs and not",
-        "if False and not",
+        "elif not pairs(trained):",
+        "elif False:",
         "test_optimizers_pairs.py::test_a_model_without_pairs_is_refused",
     ),
     fault(

@@ -439,6 +439,14 @@ def test_a_model_without_pairs_is_refused(name: str, linear: str, has_pairs: boo
     assert bool(refused) != has_pairs, linear
 
 
+@each_name
+def test_an_adapter_has_no_pairs(name: str):
+    """Its matrices alone train, and are stored as PEFT has them."""
+    run = override(PRESETS["tiny"][1], optimizer={"name": name}, train={"adapter": "lora"})
+    with pytest.raises(ConfigError, match=r"--train\.adapter lora are no such pair"):
+        check(run)
+
+
 @pytest.mark.parametrize(
     ("name", "changed", "word"),
     [

@@ -305,7 +305,7 @@ def _method_problems(config: RunConfig) -> list[str]:
     if not any(problem.startswith("--model.") for problem in problems):
         problems += _recompute_problems(spec, config.train)
         problems += adapter_problems(spec, config.train, config.parallel)
-        problems += optimizer_problems(spec, optimizer)
+        problems += optimizer_problems(spec, optimizer, config.train.adapter)
     return problems
 
 
