@@ -355,7 +355,7 @@ def test_lora_muon_from_a_factor_of_zeros():
 # --- all of them ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["spectron", "lora-muon"])
+@each_name
 def test_half_a_pair_is_no_step(name: str):
     (a, _), optimizer = made(name, factors((12, 5)))
     a.grad = torch.ones_like(a)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,14 +51,8 @@ class PairsBesideAdamW(BesideAdamW):
             if parameter.grad is not None
         }
         for pair in self.pairs.items():
-            given = [name for name in pair if name in found]
-            if not given:
+            if not have_gradients(pair, [name in found for name in pair]):
                 continue
-            if len(given) == 1:
-                raise RuntimeError(
-                    f"of {' and '.join(pair)} only {given[0]} has a gradient; both are stepped "
-                    "together, so give both, or neither"
-                )
             factors = [
                 Factor(name, parameter, parameter.grad, self.state[parameter], group)
                 for name in pair
@@ -66,6 +60,20 @@ class PairsBesideAdamW(BesideAdamW):
                 if parameter.grad is not None
             ]
             self.update_pair(*factors)
+
+
+def have_gradients(pair: tuple[str, str], given: Sequence[bool]) -> bool:
+    """Whether both of a pair have gradients (``given``), or neither.
+
+    Raises:
+        RuntimeError: one has.
+    """
+    if any(given) and not all(given):
+        raise RuntimeError(
+            f"of {' and '.join(pair)} only {pair[given.index(True)]} has a gradient; both are "
+            "stepped together, so give both, or neither"
+        )
+    return all(given)
 
 
 def add_product(target_LR: Tensor, x_LR: Tensor, z_RR: Tensor, kept: float, rate: float) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crnet.optimizers import Settings, param_groups
+from crnet.optimizers._paired import have_gradients
 from crnet.optimizers._sharing import pairs
 from crnet.optimizers._torch import Optimizer, adam_, loss_of
 from crnet.specs import TensorSpec
@@ -27,7 +28,7 @@ class AdamWithExactSteps(Optimizer):
     ):
         self.options, self.settings = options, settings
         found = pairs({name: spec for name, (spec, _) in parameters.items()})
-        self.pairs = [(parameters[a][1], parameters[b][1]) for a, b in found.items()]
+        self.pairs = {pair: [parameters[name][1] for name in pair] for pair in found.items()}
         super().__init__(param_groups(parameters, settings), {})
 
     @torch.no_grad()
@@ -38,8 +39,9 @@ class AdamWithExactSteps(Optimizer):
         given = [parameter for parameter in group_of if parameter.grad is not None]
         due = {parameter for parameter in given if self._begin(parameter)}
         taken = set()
-        for a_DR, b_RF in self.pairs:
-            if a_DR in due and b_RF in due:
+        for pair, (a_DR, b_RF) in self.pairs.items():
+            given_both = have_gradients(pair, [each.grad is not None for each in (a_DR, b_RF)])
+            if given_both and a_DR in due:
                 self._step_pair(a_DR, b_RF, group_of)
                 taken |= {a_DR, b_RF}
         for parameter in given:
