@@ -229,13 +229,13 @@ def chosen(title: str, name: str) -> RunConfig:
         shape = (value.hidden_size, value.num_layers)
         if shape not in linear.published_ranks.get("aligned-parameters", {}):
             value = dataclasses.replace(value, rank=RANK)
-    elif title == "optimizers":
+    elif title == "optimizers" and not optimizers.get(name).steps_pairs:
         base = dataclasses.replace(base, model=choose(base.model, "linear", "full"))
     return dataclasses.replace(base, **{section: value})
 
 
 def _ranks(title: str, work: Workload) -> str:
-    if title == "optimizers":
+    if title == "optimizers" and work.spec.linear.name == "full":
         return ", full rank"
     if not work.spec.linear.has_ranks:
         return ""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crnet import optimizers
-from crnet.optimizers.normuon.module import orthogonalised
+from crnet.optimizers._newton_schulz import orthogonalised
 from crnet.specs import Role
 from test_optimizers import SETTINGS, alone, gradient, options_of
 

@@ -67,6 +67,14 @@ CASES = {
     "stable-spam": ("crnet", OptimizerConfig(name="stable-spam")),
     "gradnorm-lorp": ("full", OptimizerConfig(name="gradnorm-lorp")),
     "flora": ("crnet", OptimizerConfig(name="flora")),
+    "loro-adam": (
+        "crnet",
+        OptimizerConfig(
+            name="loro-adam", loro_adam=optimizers.get("loro-adam").Options(exact_every=3)
+        ),
+    ),
+    "spectron": ("crnet", OptimizerConfig(name="spectron")),
+    "lora-muon": ("cola", OptimizerConfig(name="lora-muon")),
 }
 """Parameterization and optimizer."""
 LAYOUTS = {2: [{"shard": 2}], 4: [{"shard": 4}, {"data": 2, "shard": 2}]}

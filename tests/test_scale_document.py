@@ -41,8 +41,9 @@ def whole_table() -> list[str]:
         method = optimizers.get(name)
         options = method.Options and method.Options()
         whole = {
-            role: method.whole(TensorSpec((64, 64), role, normal(1.0)), options)
+            role: method.whole(TensorSpec((64, 64), role, normal(1.0), partner=partner), options)
             for role in get_args(Role)
+            for partner in ["other" if role.startswith("factor") else None]
             if role != "index"  # not trained
         }
         sides = [", ".join(r for r in whole if whole[r] is side) or "-" for side in (True, False)]
@@ -56,6 +57,8 @@ def bytes_table() -> list[str]:
         run = resolved(PRESETS["llama-7b"][1])
         spec = model_spec(dataclasses.replace(run.model, linear=linear))
         for name in optimizers.names():
+            if linear == "full" and optimizers.get(name).steps_pairs:
+                continue  # refused: it has none
             section = dataclasses.replace(run.optimizer, name=name)
             assert options_of(section, name) == options_of(run.optimizer, name)
 

@@ -13,6 +13,7 @@ from crnet import architectures, linears, optimizers, schedules, streams
 from crnet.config.check_adapter import adapter_problems, unused_problems
 from crnet.config.check_changing import changing_problems
 from crnet.config.check_decay import decay_problems
+from crnet.config.check_optimizer import optimizer_problems
 from crnet.config.check_pipeline import pipeline_problems
 from crnet.config.check_tensor import tensor_problems
 from crnet.config.model_spec import ModelSpec, model_spec
@@ -310,19 +311,9 @@ def _method_problems(config: RunConfig) -> list[str]:
     if not any(problem.startswith("--model.") for problem in problems):
         problems += _recompute_problems(spec, config.train)
         problems += adapter_problems(spec, config.train, config.parallel)
-        problems += _moment_problems(spec, optimizer)
+        problems += optimizer_problems(spec, optimizer, config.train.adapter)
         problems += decay_problems(spec, config)
     return problems
-
-
-def _moment_problems(spec: ModelSpec, optimizer: OptimizerConfig) -> Iterator[str]:
-    """What an event asks of an optimizer's state."""
-    compares = spec.linear.compares_moments(spec.linear_options)
-    if compares and optimizers.get(optimizer.name).has_codes:
-        yield (
-            f"--optimizer.name {optimizer.name} keeps codes of moments, and {spec.linear.name} "
-            "looks for the largest; take another optimizer, or another reset"
-        )
 
 
 def steps_of(config: RunConfig) -> Steps:

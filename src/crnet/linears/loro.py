@@ -5,9 +5,9 @@ sqrt(2 / (F + R)). Between two of its Riemannian steps LORO takes Adam's step on
 r / h of the base rate, r the rank and h the hidden size, also for the maps of the feed-forward.
 
 Source: LORO, official code at 4da57b6, as described in its approximate step and initial values.
-Deviation: this is the parameterization alone. The exact step (every 200 to 500 updates along the
-manifold of matrices of rank r, followed by a reset of all moments) is an optimizer's and is not
-here: a run with AdamW takes approximate steps only, and is not the published method.
+This is the parameterization alone: the published method is ``--optimizer.name loro-adam`` with it,
+which takes the exact step too, and ``--optimizer.schedule loro-cosine``. A run with AdamW takes
+approximate steps only.
 Unverified: perplexities but that of 130M; published rates are 0.01 (0.005 at 1B), no weight decay.
 """
 
@@ -34,7 +34,7 @@ class LOROOptions:
 
 class LORO(Parameterization):
     name = "loro"
-    summary = "W = A B with Xavier factors and a rate of r / h (without LORO's exact step)"
+    summary = "W = A B with Xavier factors and a rate of r / h (LORO)"
     Options = LOROOptions
     examples = (LOROOptions(lr_factor=0.5),)
     pads = True

@@ -51,6 +51,9 @@ class OptimizerMethod:
     """Peak rate at which the contract trains a small model."""
     pads: bool = False
     """Whether zeros that a matrix is filled up with stay, and change no other item's update."""
+    steps_pairs: bool = False
+    """Whether both factors of a pair (``TensorSpec.partner``) are stepped at once, so that a call
+    of ``step`` has the gradients of both, or of neither."""
     has_codes: bool = False
     """Whether moments are codes of numbers, which no event can compare."""
 

@@ -38,10 +38,8 @@ class BesideAdamW(Optimizer):
         """Step one tensor that has a gradient, in place, decay included."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of both."""
-        loss = loss_of(closure)
+    def step_own(self) -> None:
+        """Step all of its own that have a gradient."""
         for group in self.param_groups:
             if group["part"] == "own":
                 for parameter in group["params"]:
@@ -49,6 +47,12 @@ class BesideAdamW(Optimizer):
                         self.update(parameter, self.state[parameter], group)
                         if not self.state[parameter]:  # nothing to save
                             del self.state[parameter]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both."""
+        loss = loss_of(closure)
+        self.step_own()
         if self.adam is not None:
             self.adam.state = self.state
             self.adam.param_groups = [it for it in self.param_groups if it["part"] == "adam"]

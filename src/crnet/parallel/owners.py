@@ -2,7 +2,8 @@
 
 A method says of each tensor whether it needs it whole (``OptimizerMethod.whole``). What it does not
 is stepped where it lies, each process its part. Every other tensor has one owner
-(``optimizers._sharing.owners``). Owners work side by side, in rounds of one tensor each:
+(``optimizers._sharing.owners``). Owners work side by side, in rounds of one tensor each, or of two
+factors that are stepped at once:
 
     parts of gradient and weight -> their owner | the method's own step, on a stand-in | parts back
 
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 from crnet.optimizers import OptimizerMethod, Settings, _torch
 from crnet.optimizers import _low_precision as low_precision
 from crnet.optimizers._low_precision import Bf16Update
-from crnet.optimizers._sharing import owners, part_of
+from crnet.optimizers._sharing import owners, part_of, stepped_at_once
 from crnet.parallel.whole import is_split
 from crnet.specs import TensorSpec
 
@@ -60,7 +61,8 @@ def build(
     if not owner_of:
         return of(parameters)
     assert update is None, "a split model has fp32 weights (config.check)"
-    return Owned(of, parameters, owner_of, group)
+    at_once = stepped_at_once(method, {name: specs[name] for name in owner_of})
+    return Owned(of, parameters, owner_of, at_once, group)
 
 
 @dataclass
@@ -85,10 +87,11 @@ class Owned(_torch.Optimizer):
         build: makes the method's optimizer of its parameters by full name.
         parameters: the trained ones, by full name, split over processes.
         owner_of: rank in ``group`` of the owner of each tensor that is needed whole.
+        at_once: full names of those tensors, each alone or with what is stepped at once with it.
         group: the processes that split the model.
     Cost of a step: a whole matrix is sent three times (gradient, weight, new weight), each part to
-    one process; an owner allocates gradient, weight and one copy of the largest matrix that it has,
-    beside what the method's step takes.
+    one process; an owner allocates gradient, weight and one copy of the largest matrix, or pair,
+    that it has, beside what the method's step takes.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Owned(_torch.Optimizer):
         build: Callable[[Parameters], Optimizer],
         parameters: Parameters,
         owner_of: Mapping[str, int],
+        at_once: Sequence[tuple[str, ...]],
         group: Any,
     ):
         self.group = group
@@ -121,7 +125,8 @@ class Owned(_torch.Optimizer):
         ]
         super().__init__(groups, {})
         self._whole = {each.parameter: each for each in whole.values()}
-        self._rounds = list(_rounds(whole.values(), size))
+        units = [[whole[name] for name in unit] for unit in at_once]
+        self._rounds = list(_rounds(units, size))
         for parameter in self._parameters():
             self._take_back(parameter)
 
@@ -146,7 +151,8 @@ class Owned(_torch.Optimizer):
         for parameter in in_parts:  # its step is done
             parameter.grad = None
         for each in self._rounds:
-            self._step_whole([one for one in each if one.parameter.grad is not None])
+            due = [[one for one in unit if one.parameter.grad is not None] for unit in each]
+            self._step_whole([unit for unit in due if unit])
         for parameter, gradient in zip(in_parts, gradients, strict=True):
             parameter.grad = gradient
         for own, group in zip(self.param_groups, self._inner.param_groups, strict=True):
@@ -156,24 +162,38 @@ class Owned(_torch.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [each for group in self.param_groups for each in group["params"]]
 
-    def _step_whole(self, due: Sequence[_Whole]) -> None:
-        """One round: at most one tensor of each owner."""
-        if not due:
+    def _step_whole(self, units: Sequence[Sequence[_Whole]]) -> None:
+        """One round: at most one unit of each owner, whose tensors are sent one after another."""
+        if not units:
             return
+        turns = [
+            [unit[idx] for unit in units if idx < len(unit)] for idx in range(max(map(len, units)))
+        ]
+        mine = [self._fetch(due) for due in turns]
+        held = [(each, value) for each, value in mine if each is not None]
+        for each, _ in held:
+            self._lend(each.parameter)
+        if held:
+            self._inner.step()
+        for each, _ in held:
+            self._take_back(each.parameter)
+            each.stand_in.grad = None
+        for due, (each, value) in zip(turns, mine, strict=True):
+            if each is not None:
+                value = each.stand_in.detach().reshape(-1)
+                each.stand_in.data = _without_memory(each.parameter)
+            self._from_owners(due, value)
+
+    def _fetch(self, due: Sequence[_Whole]) -> tuple[_Whole | None, Tensor]:
+        """Bring one tensor of each owner to it. Returns: that of this process, whose stand-in then
+        has value and gradient; its items, or none."""
         mine = next((each for each in due if each.owner == self._rank), None)
         gradient = self._to_owners(due, [each.parameter.grad for each in due])
         value = self._to_owners(due, [each.parameter for each in due])
         if mine is not None:
             shape = mine.parameter.shape
             mine.stand_in.data, mine.stand_in.grad = value.view(shape), gradient.view(shape)
-            self._lend(mine.parameter)
-            self._inner.step()
-            self._take_back(mine.parameter)
-            value = mine.stand_in.detach().reshape(-1)
-            mine.stand_in.grad = None
-            mine.stand_in.data = _without_memory(mine.parameter)
-        del gradient
-        self._from_owners(due, value)
+        return mine, value
 
     def _to_owners(self, due: Sequence[_Whole], tensors: Sequence[Any]) -> Tensor:
         """Bring the parts of one tensor for each of these to its owner.
@@ -231,11 +251,11 @@ def has_state(optimizer: Optimizer, parameter: Tensor) -> bool:
     return owner is None or owner == dist.get_rank(optimizer.group)  # type: ignore[attr-defined]
 
 
-def _rounds(whole: Iterable[_Whole], num_ranks: int) -> Iterator[list[_Whole]]:
-    """The owners' tensors, at most one of each owner at a time, the owners in order."""
-    of_rank: list[list[_Whole]] = [[] for _ in range(num_ranks)]
-    for each in whole:
-        of_rank[each.owner].append(each)
+def _rounds(units: Iterable[list[_Whole]], num_ranks: int) -> Iterator[list[list[_Whole]]]:
+    """The owners' units, at most one of each owner at a time, the owners in order."""
+    of_rank: list[list[list[_Whole]]] = [[] for _ in range(num_ranks)]
+    for unit in units:
+        of_rank[unit[0].owner].append(unit)
     for idx in range(max(map(len, of_rank))):
         yield [mine[idx] for mine in of_rank if idx < len(mine)]
 

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from crnet.errors import ConfigError
+from crnet.optimizers._sharing import stepped_at_once
 from crnet.specs import TensorSpec
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def build(
     def of(stand_ins: Mapping[str, tuple[TensorSpec, Tensor]]) -> Optimizer:
         return method.build(stand_ins, options, settings)
 
-    return LowPrecision(of, parameters, treatments, settings.seed)
+    at_once = stepped_at_once(method, {name: spec for name, (spec, _) in parameters.items()})
+    return LowPrecision(of, parameters, treatments, at_once, settings.seed)
 
 
 def _refuse_mixed_shards(parameters: Sequence[Tensor]) -> None:

@@ -61,6 +61,7 @@ class LowPrecision(_torch.Optimizer):
         build: makes the method's optimizer of its parameters by full name.
         parameters: the trained ones, by full name.
         treatments: of each of them.
+        at_once: full names of those that one call of the method's step is to have together.
         seed: of the run. Random bits come from (seed, full name, step) and are those of the
             parameter's device, whatever the number of ranks that each hold all of it.
     Raises:
@@ -72,6 +73,7 @@ class LowPrecision(_torch.Optimizer):
         build: Callable[[Mapping[str, tuple[TensorSpec, Tensor]]], Optimizer],
         parameters: Mapping[str, tuple[TensorSpec, Tensor]],
         treatments: Mapping[str, Treatment],
+        at_once: Sequence[tuple[str, ...]],
         seed: int,
     ):
         self._seed = seed
@@ -88,7 +90,7 @@ class LowPrecision(_torch.Optimizer):
             for group in self._inner.param_groups
         ]
         super().__init__([{**group, "num_updates": 0} for group in groups], {})
-        self._lent = {each.parameter: each for each in lent.values()}
+        self._units = [[lent[name] for name in unit] for unit in at_once]
         for each in lent.values():
             state = dict(self._inner.state.pop(each.stand_in, {}))
             if each.master is not None:
@@ -121,16 +123,14 @@ class LowPrecision(_torch.Optimizer):
     def _buckets(self) -> Iterator[list[_Lent]]:
         """The parameters that have a gradient, about ``ITEMS_AT_ONCE`` lent items together."""
         bucket, num_items = [], 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                each = self._lent[parameter]
-                if bucket and num_items + each.num_items > ITEMS_AT_ONCE:
-                    yield bucket
-                    bucket, num_items = [], 0
-                bucket.append(each)
-                num_items += each.num_items
+        for unit in self._units:
+            lent = [each for each in unit if each.parameter.grad is not None]
+            more = sum(each.num_items for each in lent)
+            if bucket and num_items + more > ITEMS_AT_ONCE:
+                yield bucket
+                bucket, num_items = [], 0
+            bucket += lent
+            num_items += more
         if bucket:
             yield bucket
 

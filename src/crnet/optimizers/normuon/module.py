@@ -18,9 +18,8 @@ from crnet.optimizers._beside import (
     split,
     squares_over,
 )
+from crnet.optimizers._newton_schulz import orthogonalised
 
-COEFFICIENTS = (3.4445, -4.775, 2.0315)
-"""Of x, x^3 and x^5 in one iteration: steep at 0, and between 0.7 and 1.2 in the end."""
 TINY = 1e-8
 
 
@@ -59,18 +58,3 @@ class NorMuonAndAdamW(BesideAdamW):
         decay(parameter, group)
         scales = (scales * (wanted / size)).to(parameter.dtype)
         parameter.addcmul_(o_MN.to(parameter.dtype), scales, value=-group["lr"])
-
-
-def orthogonalised(x_MN: Tensor, num_steps: int) -> Tensor:
-    """A matrix with singular values near 1 in the place of those of ``x_MN``, bf16.
-
-    Cost: ``num_steps`` times 4 k^2 l + 2 k^3 FLOPs, k the smaller side and l the larger.
-    """
-    a, b, c = COEFFICIENTS
-    is_tall = x_MN.shape[0] > x_MN.shape[1]
-    x = (x_MN.T if is_tall else x_MN).bfloat16()
-    x = x / (torch.linalg.vector_norm(x) + 1e-7)
-    for _ in range(num_steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
