@@ -1051,7 +1051,7 @@ FAULTS = [
     ),
     fault(
         "factors decay twice",
-        "train/run.py",
+        "train/step.py",
         "parameters = without_own_decay(parameters)",
         "pass",
         "test_composed_decay.py::test_a_step_is_that_of_no_decay_and_the_products",

@@ -388,9 +388,12 @@ def test_check_names_every_position_and_block_of_a_bad_rank() -> None:
 
 def pairs() -> list[tuple[str, str]]:
     """Every parameterization and every optimizer, each at least once."""
-    rows, columns = linears.names(), optimizers.names()
+    rows = linears.names()
+    of_pairs = [name for name in optimizers.names() if optimizers.get(name).steps_pairs]
+    columns = [name for name in optimizers.names() if name not in of_pairs]
     count = max(len(rows), len(columns))
-    return [(rows[idx % len(rows)], columns[idx % len(columns)]) for idx in range(count)]
+    found = [(rows[idx % len(rows)], columns[idx % len(columns)]) for idx in range(count)]
+    return [*found, *(("crnet", name) for name in of_pairs)]  # not every map has factors
 
 
 @pytest.mark.parametrize(("linear", "optimizer"), pairs())

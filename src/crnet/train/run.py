@@ -44,8 +44,6 @@ from crnet.kernels import compiled
 from crnet.model.device import prepare_device, with_precision
 from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
-from crnet.optimizers import _low_precision as low_precision
-from crnet.optimizers._composed import without_own_decay
 from crnet.paper import protocol
 from crnet.parallel.engine import Engine
 from crnet.parallel.pipeline import PipelineEngine, lay_out_part
@@ -401,16 +399,3 @@ def make_engine(
         return Engine(model, world)
     micro_batch = micro_batch_of(work_of_one(config, device), model.spec.whole())
     return PipelineEngine(model, world, micro_batch)
-
-
-def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optimizer:
-    """The optimizer of a model's trained parameters."""
-    section = config.optimizer
-    settings = settings_of(section, config.train.seed)
-    method, options = optimizers.get(section.name), options_of(section, section.name)
-    parameters, update = model.trained(), update_of(config.train)
-    one = override(config, train={"batch_size": share_of(config)}).train
-    low_precision.widen_gradients(parameters, update, num_micro_batches(one))
-    if section.decay == "composed":
-        parameters = without_own_decay(parameters)
-    return owners.build(method, parameters, options, settings, update)

@@ -24,8 +24,8 @@ from crnet.errors import TrainingError
 from crnet.model.events import run_events
 from crnet.model.language_model import LanguageModel
 from crnet.optimizers import _low_precision as low_precision
+from crnet.optimizers._composed import decay, tensors_of_pairs, without_own_decay
 from crnet.parallel import owners
-from crnet.optimizers._composed import decay, tensors_of_pairs
 from crnet.parallel.engine import Engine, TokensAndTargets
 from crnet.storage.checkpoint import Progress
 
@@ -241,6 +241,8 @@ def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optim
     parameters, update = model.trained(), update_of(config.train)
     one = override(config, train={"batch_size": share_of(config)}).train
     low_precision.widen_gradients(parameters, update, num_micro_batches(one))
+    if section.decay == "composed":
+        parameters = without_own_decay(parameters)
     return owners.build(method, parameters, options, settings, update)
 
 
