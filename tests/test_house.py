@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from crnet import architectures, linears, optimizers, schedules, streams
-from crnet.cli.app import build_app
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "crnet"
@@ -284,29 +282,6 @@ def test_contributing_shows_every_room():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for name in set(LEVEL) - {"__main__"}:
         assert re.search(rf"\b{name}\b", text), name
-
-
-def commands() -> list[str]:
-    found = []
-    for document in documents():
-        text = document.read_text().replace("\\\n", " ")
-        found += re.findall(r"^    (crnet [^\n#]+?)\s*(?:#.*)?$", text, re.M)
-    return found
-
-
-def test_the_documents_show_commands():
-    assert len(commands()) >= 8
-
-
-def test_commands_of_the_documents_parse():
-    """Every flag exists and every value has the right type; nothing is run."""
-    app = build_app()
-    for command in commands():
-        if "--plugins" in command or "FILE" in command:
-            continue
-        words = shlex.split(command)[1:]
-        function, _, _ = app.parse_args(words, exit_on_error=False, print_error=False)
-        assert function is app[words[0]].default_command, command
 
 
 def test_make_targets_of_the_documents_exist():

@@ -89,8 +89,11 @@ class VeLoRA(Parameterization):
             return dense_work(slot, rows)
         items, subs = slot.in_size * slot.out_size, slot.in_size // _width(slot.position, options)
         of_x, _ = dense_backward(slot, rows)
-        looked = Traffic((slot.in_size + subs) * rows * item_bytes, 1)
-        spread = Traffic((subs * slot.out_size + items) * item_bytes, 1)
+        width = _width(slot.position, options)
+        # The direction is fp32: where products are not, each pass has its cast.
+        casts = Traffic(width * (4 + item_bytes), 1) if item_bytes < 4 else Traffic()
+        looked = casts + Traffic((slot.in_size + subs) * rows * item_bytes, 1)
+        spread = casts + Traffic((subs * slot.out_size + items) * item_bytes + 8 * width, 2)
         return Work(
             forward_flops=2 * rows * items,
             backward_flops=2 * rows * (items + subs * slot.out_size),
