@@ -31,7 +31,7 @@ $(VENV)/docs.stamp: $(VENV)/base.stamp
 demo: $(VENV)/base.stamp  ## train CR-Net beside full rank, a few minutes on two cores
 	$(BIN)/crnet demo $(DEMO)
 
-test: $(VENV)/dev.stamp  ## the tests, about four minutes on two cores
+test: $(VENV)/dev.stamp  ## the tests, under six minutes on two cores
 	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not hostile and not gpu' $(PYTEST)
 
 test-slow: $(VENV)/dev.stamp  ## the tests that take longer

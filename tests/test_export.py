@@ -94,7 +94,7 @@ def test_what_is_no_matrix_is_refused(
 @torch.no_grad()
 def test_a_plain_llama(linear: str, tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     """transformers' own class gives the package's logits. Tolerance: the merged product is rounded,
-    and attention of weights this large is sharp."""
+    and attention of weights this large is sharp (seen: 1.0e-3, by processor)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers
@@ -105,7 +105,7 @@ def test_a_plain_llama(linear: str, tokenizer: tokenizers.Tokenizer, tmp_path: P
     assert type(found) is transformers.LlamaForCausalLM
     tokens = random_tokens(2, 9)
     wanted = randomised(make(config), torch.float32).logits(tokens)
-    assert error(found(tokens).logits, wanted) < (1e-6 if linear == "full" else 1e-3)
+    assert error(found(tokens).logits, wanted) < (1e-6 if linear == "full" else 2e-3)
     opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert opened("some words").input_ids == tokenizer.encode("some words")
     assert found.generation_config.eos_token_id == tokenizer.eos_id

@@ -23,6 +23,7 @@ from crnet.config.check import check, policy_problem, spec_problems
 from crnet.config.model_spec import model_spec
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import override
+from crnet.cost.workload import problems_of
 from crnet.errors import ConfigError
 from crnet.recompute.plan import POLICIES
 from crnet.storage import checkpoint, metrics
@@ -78,9 +79,17 @@ def goes(linear: str, stream: str, policy: str, architecture: str) -> bool:
     return not spec_problems(spec) and policy_problem(spec, policy) is None
 
 
+def optimizers_of(linear: str) -> list[str]:
+    """Those that the parameterization can have, first those that not every one can."""
+    names = sorted(optimizers.names(), key=lambda name: not optimizers.get(name).steps_pairs)
+    keys = [{"model": {"linear": linear}, "optimizer": {"name": name}} for name in names]
+    problems = [problems_of(override(BASE, **each)) for each in keys]
+    return [name for name, found in zip(names, problems, strict=True) if not found]
+
+
 def choices() -> list[Choice]:
     """One run a parameterization: the policy that was used least, of several the one that fewest
-    can have, and beside it the stream that was used least; the rest in turn."""
+    can have, and beside it the stream and the optimizer that were used least; the rest in turn."""
     used: Counter[str] = Counter()
     found = []
     rarest_first = POLICIES[::-1]
@@ -90,7 +99,8 @@ def choices() -> list[Choice]:
         least = min(used[policy] for policy, _ in allowed)
         policy = next(policy for policy, _ in allowed if used[policy] == least)
         stream = min((s for p, s in allowed if p == policy), key=lambda name: used[name])
-        used.update((policy, stream))
+        optimizer = min(optimizers_of(linear), key=lambda name: used[name])
+        used.update((policy, stream, optimizer))
 
         def turn(names, idx=idx):
             """Another one each time, out of step with those of other lengths."""
@@ -105,7 +115,7 @@ def choices() -> list[Choice]:
                     for more in range(len(architectures.names()))
                     if goes(linear, stream, policy, name := turn(architectures.names(), idx + more))
                 ),
-                optimizers.names()[idx % len(optimizers.names())],
+                optimizer,
                 schedules.names()[idx % len(schedules.names())],
                 turn(PRECISIONS),
                 policy,

@@ -146,9 +146,9 @@ def test_copies(plan: Plan):
 @pytest.mark.parametrize("policy", ["none", "block"])
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_compiled_blocks(linear: str, policy: Any):
-    """Loss and gradients of compiled blocks: within 300 units of rounding of the largest item (of
-    all betas' for a beta), as fused loops round sums of some 40 items in another order, and less
-    often, through four blocks and back."""
+    """Loss and gradients of compiled blocks: within 1000 units of rounding (6e-5) of the largest
+    item (of all betas' for a beta), as fused loops round sums of some 40 items in another order,
+    and less often, through four blocks and back. Seen: 504, where vectors are of 16 items."""
     model = random_model(tiny(linear=linear))
     loss, expected = step(model, NONE)
     model.compile_blocks()
@@ -156,7 +156,7 @@ def test_compiled_blocks(linear: str, policy: Any):
         for _ in range(2):
             compiled, actual = step(model, Plan(policy))
             assert compiled.item() == pytest.approx(loss.item(), rel=100 * 2**-24)
-            assert_same((loss, actual), (loss, expected), units=300)
+            assert_same((loss, actual), (loss, expected), units=1000)
     finally:
         torch.compiler.reset()
 
