@@ -163,8 +163,6 @@ class Sweep:
             going = going[:num_points]
             yield from self._rung(share, going, jobs)
             going = [row["point"] for row in self.rung(share) if row["val_loss"] is not None]
-            self._write()
-        self._write()
 
     @property
     def points(self) -> list[Values]:
@@ -194,10 +192,9 @@ class Sweep:
         chosen = {trial.name: trial for trial in self.trials if trial.point in points}
         left: dict[str, RunConfig] = {}
         for name, trial in chosen.items():
-            config = trial.stopped(share)
             found = finished(self.out / name, steps_at(trial.config, share))
             if found is None:
-                left[name] = config
+                left[name] = trial.stopped(share)
             else:
                 yield self._note(trial, share, found)
         if not left:
@@ -239,12 +236,10 @@ class Sweep:
     def rung(self, share: float) -> list[dict[str, Any]]:
         """The points of a rung, the best first."""
         found = []
-        trial_of = {trial.name: trial for trial in self.trials}
-        names = list(trial_of)
-        rows = [row for row in self.rows if row["share"] == share]
+        row_of = {row["trial"]: row for row in self.rows if row["share"] == share}
         for point in self.points:
-            mine = [row for row in rows if trial_of[row["trial"]].point == point]
-            mine.sort(key=lambda row: names.index(row["trial"]))
+            names = [trial.name for trial in self.trials if trial.point == point]
+            mine = [row_of[name] for name in names if name in row_of]
             if not mine:
                 continue
             losses = [row["val_loss"] for row in mine]
