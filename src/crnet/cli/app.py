@@ -47,6 +47,7 @@ COMMANDS = {
     "list": "listing",
     "demo": "demo",
     "sweep": "sweep",
+    "compare": "compare",
     "paper": "paper",
     "protocol": "protocol",
     "check-plugin": "check_plugin",

@@ -28,12 +28,22 @@ Column = tuple[str, str, Callable[[Any], str]]
 """Key of a run's summary, head of its column, how a value is written."""
 
 
-def page(found: Values) -> str:
-    """The page of ``gather``'s runs, as HTML."""
+Section = tuple[str, str, str]
+"""Name of its anchor, title, HTML."""
+
+
+def page(found: Values, *, heading: str = "", above: Sequence[Section] = ()) -> str:
+    """The page of ``gather``'s runs, as HTML.
+
+    Args:
+        heading: of the page; empty: the runs.
+        above: what stands before them.
+    """
     runs = found["runs"]
     names = [run["name"] for run in runs]
-    heading = names[0] if len(names) == 1 else f"{len(names)} runs"
+    heading = heading or (names[0] if len(names) == 1 else f"{len(names)} runs")
     body = [
+        *(_section(*each) for each in above),
         alert(runs),
         tiles(runs[0]["summary"]) if len(runs) == 1 else "",
         curves(),
@@ -41,10 +51,11 @@ def page(found: Values) -> str:
         differences(found["differences"]),
         *(run_part(idx, run) for idx, run in enumerate(runs)),
     ]
-    links = [("curves", "Curves"), ("runs", "Runs"), ("differences", "Configuration")]
+    links = [(name, title) for name, title, _ in above]
+    links += [("curves", "Curves"), ("runs", "Runs"), ("differences", "Configuration")]
     links += [(f"run-{idx}", name) for idx, name in enumerate(names)]
     return _template("page.html").substitute(
-        title=_text(f"{', '.join(names)} · crnet report"),
+        title=_text(f"{heading if above else ', '.join(names)} · crnet report"),
         heading=_text(heading),
         made=_text(f"crnet report, {time.strftime('%Y-%m-%d %H:%M')}"),
         links="".join(f'<a href="#{target}">{_text(name)}</a>' for target, name in links),
@@ -235,7 +246,7 @@ def summaries(runs: Sequence[Values]) -> str:
         head = f'<th scope="row">{_dot(idx)} <a href="#run-{idx}">{_text(run["name"])}</a></th>'
         lines.append(f"<tr>{head}{cells}</tr>")
     heads = [("run", False), *((head, key not in WORDS) for key, head, _ in columns)]
-    return _section("runs", "Runs", _table(heads, lines))
+    return _section("runs", "Runs", table_of(heads, lines))
 
 
 def _is_finite(value: Any) -> bool:
@@ -248,7 +259,7 @@ def _section(name: str, title: str, content: str) -> str:
     )
 
 
-def _table(heads: Iterable[tuple[str, bool]], lines: Iterable[str]) -> str:
+def table_of(heads: Iterable[tuple[str, bool]], lines: Iterable[str]) -> str:
     """A table that can be sorted. ``heads``: word, and whether its column holds numbers."""
     cells = "".join(
         f'<th scope="col"{" class=n" if is_number else ""}><button type="button">{_text(name)}'
@@ -271,7 +282,7 @@ def differences(found: Values) -> str:
         cells = "".join(f"<td><code>{_text(_plain(value))}</code></td>" for value in values)
         lines.append(f'<tr><th scope="row"><code>{_text(key)}</code></th>{cells}</tr>')
     heads = [("key that differs", False), *((name, False) for name in found["columns"])]
-    return _section("differences", "Configuration", _table(heads, lines))
+    return _section("differences", "Configuration", table_of(heads, lines))
 
 
 def _plain(value: Any) -> str:

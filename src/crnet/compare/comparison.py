@@ -1,0 +1,311 @@
+"""A study, run: every row tuned on its grid, then its best point trained to the end with each seed.
+
+A trial of the tuning is the run itself, stopped at a share of its schedule: the best one goes on
+from there. Where any row's best stands at the edge of a grid that may grow, the grid grows by one
+value on that side, for every row, and the new trials are run. Everything is in one folder:
+
+    OUT/ROW/lr=0.003,seed=0/   an ordinary run (crnet report, crnet train --resume)
+    OUT/graveyard/             runs that another version of the study began, with the reason
+    OUT/study.toml             the study as it was run
+    OUT/results.json, ...      what came out (``compare.results``)
+
+Nothing that is finished is run again, whenever the command is killed and repeated. What failed or
+diverged stays, with its reason, until it is asked to be tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crnet.compare.processes import ended
+from crnet.compare.study import Row, Study, Tuning, differing, ratio
+from crnet.compare.sweep import SEED, Trial, Values, finished, steps_at
+from crnet.config.check import check
+from crnet.config.sections import RunConfig
+from crnet.config.serialize import flags, override, with_text
+from crnet.errors import ConfigError
+from crnet.storage.files import alone, write_json
+from crnet.train.folders import as_given, begun_config
+
+GRAVEYARD = "graveyard"
+STUDY = "study.toml"
+FAILED = "failed.json"
+"""In a run's folder: why it failed."""
+EVALUATIONS = 20
+"""About so many of a whole run: the points of its curve."""
+MEND = "the same command goes on"
+
+
+@dataclass
+class Comparison:
+    """A study in a folder."""
+
+    study: Study
+    out: Path
+    only: tuple[str, ...] = ()
+    """Rows that are run; none: all."""
+    retry: bool = False
+    """Run once more what failed."""
+    grown: dict[str, list[int]] = field(default_factory=dict)
+    """Values by which each key's grid has grown, below and above."""
+
+    def __post_init__(self) -> None:
+        if strange := [name for name in self.only if name not in self.study.rows]:
+            known = ", ".join(self.study.rows)
+            raise ConfigError(f"--only {strange[0]}: the study has no such row; it has {known}")
+        self.begun = False
+        """Whether the folder is this study's."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those that are run."""
+        chosen = self.only or self.study.rows
+        return [row for name, row in self.study.rows.items() if name in chosen]
+
+    def run(self, jobs: int | None) -> Iterator[dict[str, Any]]:
+        """Run what is not finished; yields what each run came to, as soon as it has ended.
+
+        Raises:
+            ConfigError: the folder is another program's or cannot be used, or a signal stopped it.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with alone(self.out):
+            self._begin()
+            self.begun = True
+            if self.study.tuning:
+                yield from self._tune(self.study.tuning, jobs)
+            for seed in self.study.seeds:  # each row once, before any has its second seed
+                yield from self._train(self.finals([seed]), None, jobs)
+
+    # What is run
+
+    def grid(self, row: Row) -> dict[str, list[Any]]:
+        """The row's grid as it has grown."""
+        found = {key: list(values) for key, values in row.grid.items()}
+        for key, (below, above) in self.grown.items():
+            for _ in range(below):
+                found[key].insert(0, _rounded(found[key][0] ** 2 / found[key][1]))
+            for _ in range(above):
+                found[key].append(_rounded(found[key][-1] * (ratio(found[key]) or 1)))
+        return found
+
+    def points(self, row: Row) -> list[Values]:
+        """What the row is tried at; one point without values where nothing is tuned."""
+        grid = self.grid(row) if self.study.tuning else {}
+        return [
+            tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+        ]
+
+    def trial(self, row: Row, point: Values, seed: int) -> Trial:
+        """A run of a row."""
+        config = row.config
+        for key, value in point:
+            config = with_text(config, key, str(value))
+        known = dict(flags(config))
+        values = tuple((key, known[key.replace("-", "_")]) for key, _ in point)
+        return Trial((*values, (SEED, seed)), override(config, train={"seed": seed}))
+
+    def tuned(self, row: Row) -> list[Trial]:
+        """The row's trials, of the seeds that choose."""
+        seeds = self.study.seeds[: self.study.tuning.seeds if self.study.tuning else 0]
+        return [self.trial(row, point, seed) for point in self.points(row) for seed in seeds]
+
+    def finals(self, seeds: Sequence[int]) -> dict[str, list[Trial]]:
+        """By row: its best point with these seeds; a row without one is left out."""
+        found = {}
+        for row in self.rows:
+            best = self.best(row) if self.study.tuning else ()
+            if best is not None:
+                found[row.name] = [self.trial(row, best, seed) for seed in seeds]
+        return found
+
+    # Tuning
+
+    def losses(self, row: Row, point: Values) -> list[float | None]:
+        """What a point of the grid gave, by seed, at the share of the steps."""
+        assert self.study.tuning
+        trials = [self.trial(row, point, seed) for seed in self.study.seeds]
+        found = []
+        for trial in trials[: self.study.tuning.seeds]:
+            figures = self.figures(row, trial, self.study.tuning.share)
+            found.append(figures.get("val_loss") if figures else None)
+        return found
+
+    def ranked(self, row: Row) -> list[tuple[Values, float]]:
+        """The points that have ended well, the best first, and their mean losses."""
+        found = []
+        for point in self.points(row):
+            losses = self.losses(row, point)
+            known = [loss for loss in losses if loss is not None]
+            if len(known) == len(losses):
+                found.append((point, statistics.mean(known)))
+        return sorted(found, key=lambda each: each[1])
+
+    def best(self, row: Row) -> Values | None:
+        """The best point; None: none has ended well."""
+        ranked = self.ranked(row)
+        return ranked[0][0] if ranked else None
+
+    def edges(self, row: Row) -> list[tuple[str, int]]:
+        """Keys on whose edge the row's best stands, 0: below, 1: above."""
+        best, grid = self.best(row), self.grid(row)
+        if best is None:
+            return []
+        found = []
+        for key, value in best:
+            if ratio(grid[key]) is not None and value in (grid[key][0], grid[key][-1]):
+                found.append((key, int(value == grid[key][-1])))
+        return found
+
+    def _tune(self, tuning: Tuning, jobs: int | None) -> Iterator[dict[str, Any]]:
+        while True:
+            trials = {row.name: self.tuned(row) for row in self.rows}
+            yield from self._train(trials, tuning.share, jobs)
+            wider = self._wider(tuning)
+            if wider is None:
+                return
+            key, side = wider
+            self.grown.setdefault(key, [0, 0])[side] += 1
+            yield {"grown": key, "side": ("below", "above")[side]}
+
+    def _wider(self, tuning: Tuning) -> tuple[str, int] | None:
+        """The next key and side on which the grid grows; None: it need not, or may not."""
+        for row in self.study.rows.values():
+            for key, side in self.edges(row):
+                if self.grown.get(key, [0, 0])[side] < tuning.grow.get(key, 0):
+                    return key, side
+        return None
+
+    def grow_as_known(self) -> None:
+        """Let the grids be as the finished trials had them: for a reader that runs nothing."""
+        tuning = self.study.tuning
+        while tuning and (wider := self._wider(tuning)):
+            key, side = wider
+            self.grown.setdefault(key, [0, 0])[side] += 1
+            rows = self.study.rows.values()
+            if not any(self.folder(row, each).exists() for row in rows for each in self.tuned(row)):
+                return
+
+    # Runs
+
+    def folder(self, row: Row, trial: Trial) -> Path:
+        """Of a run."""
+        return self.out / row.name / trial.name
+
+    def figures(self, row: Row, trial: Trial, share: float | None) -> dict[str, Any] | None:
+        """What a run had at a share of its steps (None: at the end); None: it is not there yet. A
+        failed one has a ``problem``."""
+        folder = self.folder(row, trial)
+        steps = steps_at(trial.config, share or 1.0)
+        found = finished(folder, steps)
+        if found is None and (folder / FAILED).exists():
+            said = json.loads((folder / FAILED).read_text(encoding="utf-8"))
+            found = {"problem": said["problem"]}
+        return found
+
+    def _train(
+        self, trials: Mapping[str, Sequence[Trial]], share: float | None, jobs: int | None
+    ) -> Iterator[dict[str, Any]]:
+        """Train some runs of some rows up to a share of their steps (None: all)."""
+        waiting: dict[str, tuple[Row, Trial]] = {}
+        for name, some in trials.items():
+            row = self.study.rows[name]
+            for trial in some:
+                if self.figures(row, trial, share) is None:
+                    waiting[f"{name}/{trial.name}"] = row, trial
+        if not waiting:
+            return
+        configs = {name: stopped(trial.config, self, share) for name, (_, trial) in waiting.items()}
+        runs = ended(configs, self.out, jobs=jobs, mend=MEND, goes_on=True)
+        with contextlib.closing(runs):
+            for name, each in runs:
+                row, trial = waiting[name]
+                figures = self.figures(row, trial, share)
+                if figures is None:
+                    problem = each.problem or "it ended without an evaluation"
+                    figures = {"problem": problem}
+                    folder = self.folder(row, trial)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_json(folder / FAILED, figures | {"time": _now()})
+                steps = steps_at(trial.config, share or 1.0)
+                yield {"row": row.name, "run": trial.name, "step": steps, **figures}
+
+    # The folder
+
+    def _begin(self) -> None:
+        """Write the study down; what an earlier version of it began and this one would not, goes
+        to the graveyard."""
+        file = self.out / STUDY
+        if file.exists() and (was := file.read_text(encoding="utf-8")) != self.study.text:
+            grave = self.out / GRAVEYARD
+            grave.mkdir(exist_ok=True)
+            _free(grave / STUDY).write_text(was, encoding="utf-8")
+        elif not file.exists() and any(each.name[0] != "." for each in self.out.iterdir()):
+            raise ConfigError(f"{self.out}: holds something else than a study; name another --out")
+        file.write_text(self.study.text, encoding="utf-8")
+        for row in self.study.rows.values():
+            for folder in sorted(self.out.glob(f"{row.name}/*/")):
+                self._bury_if_superseded(row, folder)
+                if self.retry:
+                    (folder / FAILED).unlink(missing_ok=True)
+
+    def _bury_if_superseded(self, row: Row, folder: Path) -> None:
+        begun = begun_config(folder)
+        if begun is None:
+            return
+        wanted = row.config
+        for key in (*row.grid, SEED):  # what its own name says
+            wanted = with_text(wanted, key, str(dict(flags(begun))[key.replace("-", "_")]))
+        if not (other := differing(as_given(begun), wanted)):
+            return
+        grave = _free(self.out / GRAVEYARD / row.name / folder.name)
+        grave.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, grave)
+        reason = {key: {"was": was, "is": now} for key, (was, now) in other.items()}
+        write_json(grave / "superseded.json", {"time": _now(), "differs": reason})
+
+
+def stopped(config: RunConfig, within: Comparison, share: float | None) -> RunConfig:
+    """A run up to a share of its steps, evaluated on the way and there."""
+    tuning = within.study.tuning
+    first = steps_at(config, tuning.share) if tuning else config.train.steps
+    told = {
+        "stop_after_steps": steps_at(config, share or 1.0),
+        "eval_every_steps": evaluation_steps(first, config.train.steps),
+        "keep_checkpoints": 1,
+    }
+    found = override(config, train=told)
+    check(found)
+    return found
+
+
+def evaluation_steps(stop: int, steps: int) -> int:
+    """Steps between two evaluations: a divisor of where a trial stops, near a share of the run."""
+    wanted = max(1.0, steps / EVALUATIONS)
+    divisors = [each for each in range(1, stop + 1) if stop % each == 0]
+    return min(divisors, key=lambda each: max(each / wanted, wanted / each))
+
+
+def _rounded(value: float) -> float:
+    """Three digits: 3e-3 and not 0.0030000000000000005."""
+    return float(f"{value:.3g}")
+
+
+def _free(path: Path) -> Path:
+    """The path, or one like it that there is not."""
+    names = (f"{path.name}-{number}" for number in itertools.count(2))
+    paths = itertools.chain([path], map(path.with_name, names))
+    return next(each for each in paths if not each.exists())
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
