@@ -7,6 +7,7 @@ value on that side, for every row, and the new trials are run. Everything is in 
     OUT/ROW/lr=0.003,seed=0/   an ordinary run (crnet report, crnet train --resume)
     OUT/graveyard/             runs that another version of the study began, with the reason
     OUT/study.toml             the study as it was run
+    OUT/asked.json             the configuration of every run, as the study had it
     OUT/results.json, ...      what came out (``compare.results``)
 
 Nothing that is finished is run again, whenever the command is killed and repeated. What failed or
@@ -31,13 +32,21 @@ from crnet.compare.study import Row, Study, Tuning, differing, ratio
 from crnet.compare.sweep import SEED, Trial, Values, finished, steps_at
 from crnet.config.check import check
 from crnet.config.sections import RunConfig
-from crnet.config.serialize import flags, override, with_text
+from crnet.config.serialize import (
+    flags,
+    from_dict,
+    override,
+    read_json,
+    to_dict,
+    to_json,
+    with_text,
+)
 from crnet.errors import ConfigError
-from crnet.storage.files import alone, write_json
-from crnet.train.folders import as_given, begun_config
+from crnet.storage.files import alone, write_atomically, write_json
 
 GRAVEYARD = "graveyard"
 STUDY = "study.toml"
+ASKED = "asked.json"
 FAILED = "failed.json"
 """In a run's folder: why it failed."""
 EVALUATIONS = 20
@@ -64,6 +73,7 @@ class Comparison:
             raise ConfigError(f"--only {strange[0]}: the study has no such row; it has {known}")
         self.begun = False
         """Whether the folder is this study's."""
+        self._asked: dict[str, Any] = {}
 
     @property
     def rows(self) -> list[Row]:
@@ -224,6 +234,8 @@ class Comparison:
                     waiting[f"{name}/{trial.name}"] = row, trial
         if not waiting:
             return
+        self._asked |= {name: to_dict(trial.config) for name, (_, trial) in waiting.items()}
+        write_atomically(self.out / ASKED, to_json(self._asked))
         configs = {name: stopped(trial.config, self, share) for name, (_, trial) in waiting.items()}
         runs = ended(configs, self.out, jobs=jobs, mend=MEND, goes_on=True)
         with contextlib.closing(runs):
@@ -252,26 +264,31 @@ class Comparison:
         elif not file.exists() and any(each.name[0] != "." for each in self.out.iterdir()):
             raise ConfigError(f"{self.out}: holds something else than a study; name another --out")
         file.write_text(self.study.text, encoding="utf-8")
-        for row in self.study.rows.values():
-            for folder in sorted(self.out.glob(f"{row.name}/*/")):
-                self._bury_if_superseded(row, folder)
-                if self.retry:
-                    (folder / FAILED).unlink(missing_ok=True)
+        if (self.out / ASKED).exists():
+            self._asked = read_json(self.out / ASKED)
+        for name in list(self._asked):
+            self._bury_if_superseded(name)
+            if self.retry:
+                (self.out / name / FAILED).unlink(missing_ok=True)
 
-    def _bury_if_superseded(self, row: Row, folder: Path) -> None:
-        begun = begun_config(folder)
-        if begun is None:
+    def _bury_if_superseded(self, name: str) -> None:
+        """``name``: of a run's folder."""
+        row = self.study.rows.get(name.partition("/")[0])
+        if row is None:
             return
-        wanted = row.config
-        for key in (*row.grid, SEED):  # what its own name says
-            wanted = with_text(wanted, key, str(dict(flags(begun))[key.replace("-", "_")]))
-        if not (other := differing(as_given(begun), wanted)):
+        begun = from_dict(self._asked[name])
+        wanted, known = row.config, dict(flags(begun))
+        for key in (*row.grid, SEED):  # what the folder's name says
+            wanted = with_text(wanted, key, str(known[key.replace("-", "_")]))
+        if not (other := differing(begun, wanted)):
             return
-        grave = _free(self.out / GRAVEYARD / row.name / folder.name)
-        grave.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(folder, grave)
-        reason = {key: {"was": was, "is": now} for key, (was, now) in other.items()}
-        write_json(grave / "superseded.json", {"time": _now(), "differs": reason})
+        del self._asked[name]
+        if (self.out / name).exists():
+            grave = _free(self.out / GRAVEYARD / name)
+            grave.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(self.out / name, grave)
+            reason = {key: {"was": was, "is": now} for key, (was, now) in other.items()}
+            write_json(grave / "superseded.json", {"time": _now(), "differs": reason})
 
 
 def stopped(config: RunConfig, within: Comparison, share: float | None) -> RunConfig:

@@ -343,5 +343,5 @@ NO_FIGURE = {
         *("threads", "device", "stop_after_steps", "log_every_steps", "eval_every_steps"),
         *("save_every_steps", "keep_checkpoints", "trackers", "tensorboard"),
     )
-} | {"data.cache_dir", "model.vocab_size"}
+} | {"data.cache_dir"}
 """Keys that change no loss: a run with other values of them is the same run."""

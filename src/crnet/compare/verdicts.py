@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from crnet.compare.study import Rule
 from crnet.errors import ConfigError
@@ -87,8 +87,8 @@ def welch(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float
         return 1.0 if one[0] == other[0] else 0.0
     from scipy.stats import ttest_ind
 
-    _, p = ttest_ind(one, other, equal_var=False)
-    return float(p)
+    test: Any = ttest_ind(one, other, equal_var=False)
+    return float(test.pvalue)
 
 
 def holm(values: Sequence[float]) -> list[float]:
