@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -10,39 +9,33 @@ from pathlib import Path
 import pytest
 
 from crnet.compare import demo
-from crnet.config import presets
-from crnet.config.serialize import to_dict
+from crnet.compare.study import read
+from crnet.config.serialize import flags
 from crnet.errors import ConfigError
 from crnet.storage import checkpoint, metrics
 from test_cli import program
 from test_parallel import signalled
 
-
-@pytest.mark.parametrize("linear", demo.TUNED)
-def test_a_side_differs_in_its_method_and_its_own_values(linear: str, monkeypatch) -> None:
-    tuned = demo.Tuned(lr=7e-3, init_std=0.07, seeds=1)
-    monkeypatch.setitem(demo.TUNED, linear, tuned)
-    base = presets.get("tiny")
-    side = demo.side_config(base, linear)
-    assert (side.model.linear, side.model.init_std, side.optimizer.lr) == (linear, 0.07, 7e-3)
-    same = dataclasses.replace(
-        side,
-        model=dataclasses.replace(side.model, linear=base.model.linear, init_std=0.02),
-        optimizer=dataclasses.replace(side.optimizer, lr=base.optimizer.lr),
-    )
-    assert to_dict(same) == to_dict(base)
+ROWS = read(demo.STUDY).rows
+"""What the demo can train."""
+OWN = {"model.linear", "model.init_std", "optimizer.lr"}
+"""Keys that are a side's own."""
 
 
-def test_an_unknown_side_is_refused(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
+def test_sides_differ_in_their_method_and_what_suits_it() -> None:
+    sides = [dict(flags(config)) for config in demo.sides_of(list(ROWS)).values()]
+    differs = {key for key in sides[0] if len({str(side[key]) for side in sides}) > 1}
+    assert differs == OWN
+
+
+def test_an_unknown_side_is_refused() -> None:
     with pytest.raises(ConfigError, match="no side lowrnk; it has crnet, full, lowrank"):
-        demo.run(presets.get("tiny"), out, sides=("crnet", "lowrnk"))
-    assert not out.exists()
+        demo.sides_of(["crnet", "lowrnk"])
 
 
 def test_where_the_values_come_from_is_said() -> None:
-    assert demo.tuning(["lowrank"]).endswith("The preset's, not swept: lowrank.")
-    assert "on this corpus: crnet (1 seed), full (1 seed)." in demo.tuning(["crnet", "full"])
+    assert demo.tuning(["lowrank"]).endswith("lowrank: the preset's values, not swept.")
+    assert "crnet: best of a sweep on this corpus, 1 seed; full: " in demo.tuning(["crnet", "full"])
 
 
 @pytest.mark.slow
@@ -56,12 +49,12 @@ def test_three_sides(tmp_path: Path) -> None:
     for linear, row in figures["rows"].items():
         config = json.loads((out / linear / "run.json").read_text(encoding="utf-8"))["config"]
         assert config["model"]["linear"] == linear
-        assert config["optimizer"]["lr"] == row["lr"] == demo.TUNED[linear].lr
-        assert config["model"]["init_std"] == row["init_std"] == demo.TUNED[linear].init_std
+        assert config["optimizer"]["lr"] == row["lr"] == ROWS[linear].config.optimizer.lr
+        assert config["model"]["init_std"] == row["init_std"] == ROWS[linear].config.model.init_std
         tokens = config["train"]["batch_size"] * config["data"]["sequence_length"]
         assert row["step_s"] * row["tokens_per_s"] == pytest.approx(tokens)
     text = demo.table(figures)
-    assert text.count(f"{demo.TUNED['full'].lr:.2g}") >= 1
+    assert text.count(f"{ROWS['full'].config.optimizer.lr:.2g}") >= 1
     assert demo.tuning(list(figures["rows"])) in text
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from crnet import architectures, linears, optimizers, schedules, streams
-from crnet.compare.demo import TUNED
+from crnet.compare.demo import sides_of
 from crnet.cost.parameters import num_parameters
 from test_hardware_document import flops, work_of
 
@@ -112,7 +112,8 @@ def test_rates_of_the_demo() -> None:
         (rate, scale) = re.findall(
             rf"^\| {name} \| [\d,]+ \| (\S+) \| (\S+) \| [\d,.]+ \|", TEXT, re.M
         )[0]
-        assert (float(rate), float(scale)) == (TUNED[name].lr, TUNED[name].init_std)
+        config = sides_of([name])[name]
+        assert (float(rate), float(scale)) == (config.optimizer.lr, config.model.init_std)
 
 
 def test_the_drawing_is_that_of_its_program() -> None:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from crnet.cli.arguments import DEFAULT_PRESET, Command, Json, Switch, print_json
-from crnet.config import presets
+from crnet.cli.arguments import Command, Json, Switch, print_json
 from crnet.config.serialize import override
 from crnet.train.folders import new_run
 
@@ -39,11 +38,13 @@ def demo(
     from crnet.compare import demo as demonstration
     from crnet.report.plots import NEEDS
 
-    config = demonstration.short(presets.get(DEFAULT_PRESET))
-    config = demonstration.quick(config) if quick else config
-    config = override(config, train={"steps": steps}) if steps is not None else config
-    chosen = sides or demonstration.SIDES
-    figures = demonstration.run(config, out or new_run("demo"), sides=chosen)
+    configs = demonstration.sides_of(sides or demonstration.SIDES)
+    if quick:
+        configs = {side: demonstration.quick(config) for side, config in configs.items()}
+    if steps is not None:
+        told = {"steps": steps}
+        configs = {side: override(config, train=told) for side, config in configs.items()}
+    figures = demonstration.run(configs, out or new_run("demo"))
     if as_json:
         print_json(figures)
         return
@@ -51,7 +52,8 @@ def demo(
     print(f"\nloss curves  {figures['picture'] or NEEDS}")
     for linear, row in figures["rows"].items():
         print(f"{linear:12} run {row['run']}, checkpoint {row['checkpoint']}")
-    print(f"\n{chosen[0]} continues {figures['prompt']!r}:\n{figures['prompt']}{figures['sample']}")
+    first = next(iter(figures["rows"]))
+    print(f"\n{first} continues {figures['prompt']!r}:\n{figures['prompt']}{figures['sample']}")
 
 
 COMMAND = Command(demo)

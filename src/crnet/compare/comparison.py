@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from crnet.compare.processes import ended
-from crnet.compare.study import Row, Study, Tuning, differing, ratio
+from crnet.compare.study import Row, Study, Tuning, differing, last_step, ratio
 from crnet.compare.sweep import SEED, Trial, Values, finished, steps_at
 from crnet.config.check import check
 from crnet.config.sections import RunConfig
@@ -42,7 +42,7 @@ from crnet.config.serialize import (
     with_text,
 )
 from crnet.errors import ConfigError
-from crnet.storage.files import alone, write_atomically, write_json
+from crnet.storage.files import alone, held_by, write_atomically, write_json
 
 GRAVEYARD = "graveyard"
 STUDY = "study.toml"
@@ -215,8 +215,7 @@ class Comparison:
         """What a run had at a share of its steps (None: at the end); None: it is not there yet. A
         failed one has a ``problem``."""
         folder = self.folder(row, trial)
-        steps = steps_at(trial.config, share or 1.0)
-        found = finished(folder, steps)
+        found = finished(folder, until(trial.config, share))
         if found is None and (folder / FAILED).exists():
             said = json.loads((folder / FAILED).read_text(encoding="utf-8"))
             found = {"problem": said["problem"]}
@@ -234,6 +233,12 @@ class Comparison:
                     waiting[f"{name}/{trial.name}"] = row, trial
         if not waiting:
             return
+        for name in waiting:
+            if (self.out / name).is_dir() and (pid := held_by(self.out / name)):
+                raise ConfigError(
+                    f"{self.out / name}: process {pid}, of an earlier start, still trains there; "
+                    "wait until it has ended, or stop it"
+                )
         self._asked |= {name: to_dict(trial.config) for name, (_, trial) in waiting.items()}
         write_atomically(self.out / ASKED, to_json(self._asked))
         configs = {name: stopped(trial.config, self, share) for name, (_, trial) in waiting.items()}
@@ -248,8 +253,8 @@ class Comparison:
                     folder = self.folder(row, trial)
                     folder.mkdir(parents=True, exist_ok=True)
                     write_json(folder / FAILED, figures | {"time": _now()})
-                steps = steps_at(trial.config, share or 1.0)
-                yield {"row": row.name, "run": trial.name, "step": steps, **figures}
+                step = until(trial.config, share)
+                yield {"row": row.name, "run": trial.name, "step": step, **figures}
 
     # The folder
 
@@ -294,10 +299,11 @@ class Comparison:
 def stopped(config: RunConfig, within: Comparison, share: float | None) -> RunConfig:
     """A run up to a share of its steps, evaluated on the way and there."""
     tuning = within.study.tuning
-    first = steps_at(config, tuning.share) if tuning else config.train.steps
+    last = last_step(config)
+    first = steps_at(config, tuning.share) if tuning else last
     told = {
-        "stop_after_steps": steps_at(config, share or 1.0),
-        "eval_every_steps": evaluation_steps(first, config.train.steps),
+        "stop_after_steps": until(config, share),
+        "eval_every_steps": evaluation_steps(first, last),
         "keep_checkpoints": 1,
     }
     found = override(config, train=told)
@@ -305,8 +311,18 @@ def stopped(config: RunConfig, within: Comparison, share: float | None) -> RunCo
     return found
 
 
+def until(config: RunConfig, share: float | None) -> int:
+    """The step at a share of the schedule; None: where the study's runs end."""
+    return last_step(config) if share is None else steps_at(config, share)
+
+
 def evaluation_steps(stop: int, steps: int) -> int:
-    """Steps between two evaluations: a divisor of where a trial stops, near a share of the run."""
+    """Steps between two evaluations: a divisor of where trials stop, near a share of the run.
+
+    Args:
+        stop: where trials stop.
+        steps: where runs end.
+    """
     wanted = max(1.0, steps / EVALUATIONS)
     divisors = [each for each in range(1, stop + 1) if stop % each == 0]
     return min(divisors, key=lambda each: max(each / wanted, wanted / each))

@@ -1,20 +1,19 @@
 """CR-Net beside other methods on the user's own machine: runs, a table, a picture, a sample.
 
-Each method has its own learning rate and initial scale: at one that is shared by all, the one it
-suits would win. ``TUNED`` says what they are, and from how many seeds of a sweep on this corpus
-(``runs/sweep.py``) each was chosen.
+The methods, their learning rates and initial scales are the rows of the study ``demo``
+(``compare.study``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from crnet.compare.processes import train_all
+from crnet.compare.study import read
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import override
 from crnet.cost.workload import workload
@@ -28,67 +27,45 @@ from crnet.report.plots import loss_picture
 from crnet.storage import metrics
 from crnet.storage.checkpoint import Checkpoint, load
 
-
-@dataclass(frozen=True)
-class Tuned:
-    """What one method trains with."""
-
-    lr: float
-    """Peak rate, ``--optimizer.lr``."""
-    init_std: float
-    """``--model.init-std``."""
-    seeds: int
-    """Of the sweep on this corpus that chose them; 0: the preset's values, not swept."""
-
-
-TUNED = {
-    "crnet": Tuned(lr=3e-3, init_std=0.02, seeds=1),
-    "full": Tuned(lr=3e-3, init_std=0.06, seeds=1),
-    "lowrank": Tuned(lr=1.5e-3, init_std=0.02, seeds=0),
-}
-"""LOG.md, 2026-11-26, has the sweep."""
+STUDY = "demo"
+"""The built-in study that says what is trained, with which rates and initial scales."""
 SIDES = ("crnet", "full")
-"""The methods that are trained where none are named."""
+"""Its rows that are trained where none are named."""
 POLICIES = ("none", "block", "replay")
 """Of ``--train.recompute``: what would be kept under each, whichever the runs were made with."""
 PROMPT = "def read_file(path):\n"
 
 
-def run(
-    config: RunConfig, out: Path, *, sides: Sequence[str] = SIDES, progress: bool = True
-) -> dict[str, Any]:
-    """Train each of ``sides`` with everything else equal; return the figures of the table.
+def sides_of(names: Sequence[str] = SIDES) -> dict[str, RunConfig]:
+    """What some rows of the study train with. Raises ``ConfigError`` where it has no such row."""
+    rows = read(STUDY).rows
+    if unknown := [name for name in names if name not in rows]:
+        raise ConfigError(f"the demo has no side {', '.join(unknown)}; it has {', '.join(rows)}")
+    return {name: rows[name].config for name in dict.fromkeys(names)}
+
+
+def run(configs: Mapping[str, RunConfig], out: Path, *, progress: bool = True) -> dict[str, Any]:
+    """Train each of some sides; return the figures of the table.
 
     Args:
-        config: parameterization, rate and initial scale are each side's own (``TUNED``).
+        configs: by name (``sides_of``); the first writes a text.
         out: gets a folder for each side, an ordinary run.
     Raises:
-        ConfigError: a side has no values in ``TUNED``; or a signal stopped a run.
+        ConfigError: a signal stopped a run.
     Cost: a training run a side; on a CPU as many at a time as it has cores.
     """
-    if unknown := [side for side in sides if side not in TUNED]:
-        raise ConfigError(f"the demo has no side {', '.join(unknown)}; it has {', '.join(TUNED)}")
-    runs = {linear: side_config(config, linear) for linear in dict.fromkeys(sides)}
-    ended = train_all(runs, out, progress=progress)
-    saved = {linear: load(Path(each["checkpoint"])) for linear, each in ended.items()}
-    curves = {linear: metrics.read(out / linear / "metrics.jsonl") for linear in saved}
+    ended = train_all(configs, out, progress=progress)
+    saved = {side: load(Path(each["checkpoint"])) for side, each in ended.items()}
+    curves = {side: metrics.read(out / side / "metrics.jsonl") for side in saved}
     picture = loss_picture(curves, out / "loss.png")
     return {
         "rows": {
-            linear: _row(each, saved[linear].config, curves[linear])
-            for linear, each in ended.items()
+            side: _row(each, saved[side].config, curves[side]) for side, each in ended.items()
         },
         "picture": None if picture is None else str(picture),
         "prompt": PROMPT,
-        "sample": _sample(saved[sides[0]]),
+        "sample": _sample(next(iter(saved.values()))),
     }
-
-
-def side_config(config: RunConfig, linear: str) -> RunConfig:
-    """A side's run: another parameterization, with its own rate and initial scale."""
-    tuned = TUNED[linear]
-    model = {"linear": linear, "init_std": tuned.init_std}
-    return override(config, model=model, optimizer={"lr": tuned.lr})
 
 
 def _row(
@@ -155,22 +132,9 @@ def table(figures: dict[str, Any]) -> str:
 
 def tuning(sides: Sequence[str]) -> str:
     """Where the rates and initial scales come from."""
-    swept = {side: TUNED[side].seeds for side in sides if TUNED[side].seeds}
-    words = ", ".join(f"{side} ({seeds} seed{'s' * (seeds > 1)})" for side, seeds in swept.items())
-    left = ", ".join(side for side in sides if side not in swept)
-    return "Rate and initial scale decide more than the method does. " + " ".join(
-        ([f"Best of a sweep on this corpus: {words}."] if words else [])
-        + ([f"The preset's, not swept: {left}."] if left else [])
-    )
-
-
-def short(config: RunConfig) -> RunConfig:
-    """Under two minutes on two cores: 120 steps of 8 x 128 tokens a side."""
-    return override(
-        config,
-        train={"steps": 120, "eval_every_steps": 40, "save_every_steps": 0},
-        data={"sequence_length": 128, "validation_tokens": 32_768},
-    )
+    rows = read(STUDY).rows
+    words = "; ".join(f"{side}: {rows[side].note}" for side in sides)
+    return f"Rate and initial scale decide more than the method does. {words}."
 
 
 def quick(config: RunConfig) -> RunConfig:

@@ -7,7 +7,7 @@ from typing import Any
 from crnet.compare.comparison import Comparison, evaluation_steps
 from crnet.compare.processes import jobs_of
 from crnet.compare.results import cost, step_tokens
-from crnet.compare.study import Row
+from crnet.compare.study import Row, last_step
 from crnet.compare.sweep import steps_at
 from crnet.cost.step import step_flops
 from crnet.cost.workload import Workload, workload
@@ -41,7 +41,7 @@ def foreseen(of: Comparison, jobs: int | None) -> dict[str, Any]:
 def _row(of: Comparison, row: Row) -> dict[str, Any]:
     work, study = workload(row.config), of.study
     steps = runs = folders = 0
-    whole = row.config.train.steps
+    whole = last_step(row.config)
     first = steps_at(row.config, study.tuning.share) if study.tuning else 0
     if study.tuning:
         trials = of.tuned(row)

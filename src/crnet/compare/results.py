@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crnet.compare.comparison import Comparison
-from crnet.compare.study import Row
+from crnet.compare.study import Row, last_step
 from crnet.compare.sweep import Trial, steps_at
 from crnet.compare.verdicts import judge
 from crnet.config.serialize import flags, read_json
@@ -159,7 +159,7 @@ def _run(of: Comparison, row: Row, trial: Trial) -> Values:
     rates = [each["tokens_per_s"] for each in rows if each.get("tokens_per_s")]
     found["tokens_per_s"] = statistics.median(rates) if rates else None
     if figures is not None:
-        found |= {"step": trial.config.train.steps, **figures}
+        found |= {"step": last_step(trial.config), **figures}
     if (folder / MANIFEST).exists():
         manifest = read_json(folder / MANIFEST)
         found |= {key: manifest.get(key) for key in PROVENANCE}

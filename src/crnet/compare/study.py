@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from crnet.compare.align import Aligned, Kind, aligned, fitted
+from crnet.compare.sweep import steps_at
 from crnet.config import presets
 from crnet.config.check import check
 from crnet.config.keys import with_keys
@@ -167,7 +168,6 @@ class _RowKeys:
 
     published: float | None = None
     note: str = ""
-    preset: str | None = None
     align: Kind | None = None
     align_to: str | None = None
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -293,8 +293,6 @@ def _row(
     name: str, given: _File, base: RunConfig, keys: _RowKeys, others: Mapping[str, Row]
 ) -> Row:
     settings = {key: each for key, each in given.rows[name].items() if key in SECTIONS}
-    if keys.preset is not None:
-        base = _with(presets.get(keys.preset), given.base)
     config = _with(base, settings)
     alignment = None
     if keys.align and keys.align_to:
@@ -303,8 +301,10 @@ def _row(
             config = fitted(config, other, keys.align)
         alignment = aligned(config, other, keys.align, keys.align_to)
     check(config)
-    if config.train.epochs is not None or config.train.stop_after_steps is not None:
-        raise ConfigError("a study trains for train.steps; leave epochs and stop_after_steps out")
+    if config.train.epochs is not None:
+        raise ConfigError("a study trains for train.steps; leave train.epochs out")
+    if given.tuning and last_step(config) < steps_at(config, given.tuning.share):
+        raise ConfigError("train.stop_after_steps ends before tuning.share of the steps")
     grid = keys.grid or (dict(given.tuning.grid) if given.tuning else {})
     if given.tuning and math.prod(map(len, grid.values())) != math.prod(
         map(len, given.tuning.grid.values())
@@ -324,7 +324,36 @@ def _with(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """Raises ``ConfigError`` for a key that there is not."""
     if strange := [key for key in settings if key not in SECTIONS]:
         raise ConfigError(f"{strange[0]} is no section; known are {', '.join(SECTIONS)}")
-    return with_keys(config, settings)
+    nones = [key for key, value in _leaves(settings) if value == NONE]
+    config = with_keys(config, _without_nones(settings))
+    for key in nones:
+        config = with_text(config, key, NONE)
+    return config
+
+
+NONE = "none"
+"""TOML has no word for nothing; it is read as the command line reads it."""
+
+
+def _leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{before}{key}.")
+        else:
+            yield before + key, value
+
+
+def _without_nones(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_nones(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value != NONE
+    }
+
+
+def last_step(config: RunConfig) -> int:
+    """Where a run of the study ends: its last step, or the one that it is to stop at."""
+    return min(config.train.steps, config.train.stop_after_steps or config.train.steps)
 
 
 def differing(was: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
