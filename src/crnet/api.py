@@ -26,11 +26,11 @@ from crnet.data.prepare import prepare
 from crnet.data.rows import Batches, Rows, validation_batches
 from crnet.data.tokenizer import Tokenizer
 from crnet.inference import generate as generation
-from crnet.inference.asked import TaskOptions, check_asked
+from crnet.inference.asked import Protocol, TaskOptions, check_asked
 from crnet.inference.evaluate import Evaluation
 from crnet.inference.generate import Prompt
 from crnet.inference.load import load_model, load_tokenizer, pick_device
-from crnet.inference.on_rows import evaluate_on
+from crnet.inference.on_rows import evaluate_on, evaluate_on_as_galore
 from crnet.inference.on_texts import evaluate_on_tasks, evaluate_on_texts
 from crnet.inference.sampling import Sampling
 from crnet.inference.texts import TextEvaluation
@@ -211,16 +211,27 @@ def evaluate(
     device: str = ...,
     **data: Any,
 ) -> dict[str, Any]: ...
+@overload
 def evaluate(
     path: str | Path,
     *,
-    protocol: Literal["rows", "document", "sliding"] = "rows",
+    protocol: Literal["galore"],
+    batch_size: int,
+    processes: int | None = ...,
+    device: str = ...,
+    **data: Any,
+) -> dict[str, Any]: ...
+def evaluate(
+    path: str | Path,
+    *,
+    protocol: Protocol = "rows",
     window: int | None = None,
     stride: int | None = None,
     tasks: str | Sequence[str] = (),
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
+    processes: int | None = None,
     device: str = "auto",
     **data: Any,
 ) -> Evaluation | TextEvaluation | dict[str, Any]:
@@ -229,22 +240,27 @@ def evaluate(
     Args:
         path: a checkpoint, or a run (its newest whole one).
         protocol: rows: the validation rows, as during training; document: every document by
-            itself; sliding: the corpus as one text under a sliding window.
+            itself; sliding: the corpus as one text under a sliding window; galore: as GaLore's
+            script, biased and in bf16 (``inference.galore``).
         window: document, sliding, tasks: most tokens read at once; None: a row's.
         stride: sliding: from one window's start to the next one's; None: half a window.
         tasks: of lm-eval, by name or .yaml file, in place of a corpus.
         num_fewshot, limit, batch_size: of tasks (``inference.asked.TaskOptions``).
+        batch_size, processes: galore: rows of a batch of one process, and how many there were.
         data: keys of the section data, over those of the run: ``source=...``. Another corpus is
             read with the model's tokenizer.
     Returns:
         Loss, perplexity, bits per byte and accuracy; under document and sliding also a word's
-        perplexity; of tasks a dict, the rows of ``tasks`` and ``groups`` by name.
+        perplexity; of tasks a dict, the rows of ``tasks`` and ``groups`` by name; under galore
+        one of ``galore_loss`` and ``galore_perplexity`` beside the figures of rows.
     Raises:
         ConfigError: the checkpoint or the corpus cannot be used, or a key would have no effect.
     Numerics: fp32, token-weighted; of rows the figure at the end of the run, to the last bit.
     """
     words = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    options = TaskOptions(num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
+    options = TaskOptions(
+        num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, processes=processes
+    )
     check_asked(protocol, bool(words), options, {"--window": window, "--stride": stride})
     saved = checkpoint.resolve(Path(path))
     config = _data_of(saved, data)
@@ -252,6 +268,9 @@ def evaluate(
         return evaluate_on_tasks(saved, config, device, words, window, options)
     if protocol == "rows":
         return evaluate_on(saved, config, device)[0]
+    if protocol == "galore":
+        assert batch_size is not None  # checked
+        return evaluate_on_as_galore(saved, config, device, batch_size, processes or 1)
     return evaluate_on_texts(saved, config, device, protocol, window, stride)[0]
 
 

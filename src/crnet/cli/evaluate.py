@@ -38,7 +38,8 @@ def evaluate(
     ----------
     protocol
         rows: the rows of the validation set, as during training; document: every document by
-        itself, all tokens; sliding: the corpus as one text under a sliding window.
+        itself, all tokens; sliding: the corpus as one text under a sliding window; galore: what
+        GaLore's script and its forks print, biased and in bf16, beside rows (docs/evaluation.md).
     window
         document, sliding, tasks: most tokens that the model reads at once; none: a row's.
     stride
@@ -61,6 +62,18 @@ def evaluate(
             f"{figures['val_bits_per_byte']:.4f} bits a byte, accuracy "
             f"{figures['val_accuracy']:.2%} over {figures['val_tokens']:,} tokens "
             f"({figures['val_bytes']:,} bytes) of set {figures['validation_hash'][:12]}"
+        )
+    elif protocol == "galore":
+        from crnet.inference.on_rows import evaluate_on_as_galore
+
+        processes = options.processes or 1
+        assert options.batch_size is not None  # checked
+        figures = evaluate_on_as_galore(saved, data, device, options.batch_size, processes)
+        words = (
+            f"as GaLore's script: loss {figures['galore_loss']:.6f}, perplexity "
+            f"{figures['galore_perplexity']:.4f} ({figures['galore_batches']} batches of "
+            f"{options.batch_size} rows on each of {processes} processes); as it is: loss "
+            f"{figures['val_loss']:.6f}, perplexity {figures['val_perplexity']:.4f}"
         )
     else:
         from crnet.inference.on_texts import evaluate_on_texts

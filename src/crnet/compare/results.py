@@ -11,22 +11,29 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from crnet.compare.comparison import Comparison
-from crnet.compare.study import Row, last_step
+from crnet.compare.study import Compat, Row, last_step
 from crnet.compare.sweep import Trial, steps_at
 from crnet.compare.verdicts import judge
 from crnet.config.serialize import flags, read_json
 from crnet.cost.peak import peak_bytes
 from crnet.cost.step import step_flops
 from crnet.cost.workload import Workload, workload
+from crnet.errors import ConfigError
+from crnet.inference.on_rows import evaluate_on_as_galore
 from crnet.report.folder import MANIFEST
 from crnet.storage import metrics
+from crnet.storage.checkpoint import newest
+from crnet.storage.files import write_json
 from crnet.storage.manifest import describe_code
 
 Values = dict[str, Any]
 
+COMPAT = "compat.json"
+"""In a run's folder: its figures as GaLore's script would print them."""
 PROVENANCE = ("crnet", "commit", "dirty", "python", "torch", "device", "threads")
 """Of a run's manifest: what its figures hang on."""
 
@@ -53,6 +60,7 @@ def results(of: Comparison) -> Values:
         "reference": study.reference,
         "rule": dataclasses.asdict(study.rule) if study.rule else None,
         "tuning": dataclasses.asdict(study.tuning) if study.tuning else None,
+        "compat": dataclasses.asdict(study.compat) if study.compat else None,
         "grown": of.grown,
         "rows": rows,
         "verdicts": verdicts,
@@ -76,7 +84,7 @@ def _row(of: Comparison, row: Row) -> Values:
         "tuning": _tuning(of, row) if tuned else None,
         "runs": runs,
     }
-    keys = ("val_loss", "val_bits_per_byte", "val_perplexity", "tokens_per_s")
+    keys = ("val_loss", "val_bits_per_byte", "val_perplexity", "tokens_per_s", "galore_perplexity")
     whole = runs and all(run["problem"] is None and run["step"] is not None for run in runs)
     for key in keys:
         values = [run[key] for run in runs] if whole else []
@@ -148,6 +156,7 @@ def _run(of: Comparison, row: Row, trial: Trial) -> Values:
         "val_bits_per_byte": None,
         "val_perplexity": None,
         "tokens_per_s": None,
+        "galore_perplexity": None,
         "problem": None,
         "curve": [],
     }
@@ -160,10 +169,25 @@ def _run(of: Comparison, row: Row, trial: Trial) -> Values:
     found["tokens_per_s"] = statistics.median(rates) if rates else None
     if figures is not None:
         found |= {"step": last_step(trial.config), **figures}
+        if of.study.compat and "problem" not in figures:
+            found["galore_perplexity"] = _as_galore(of.study.compat, folder)
     if (folder / MANIFEST).exists():
         manifest = read_json(folder / MANIFEST)
         found |= {key: manifest.get(key) for key in PROVENANCE}
     return found
+
+
+def _as_galore(compat: Compat, folder: Path) -> float:
+    """What GaLore's script would print of a run's last checkpoint; computed once."""
+    file, asked = folder / COMPAT, dataclasses.asdict(compat)
+    if file.exists() and (known := read_json(file)).get("asked") == asked:
+        return known["galore_perplexity"]
+    saved = newest(folder)
+    if saved is None:
+        raise ConfigError(f"{folder}: its last checkpoint is gone; leave [compat] out")
+    found = evaluate_on_as_galore(saved, saved.config.data, "auto", **asked)
+    write_json(file, {"asked": asked, **found})
+    return found["galore_perplexity"]
 
 
 def _loss(run: Mapping[str, Any]) -> float | None:
@@ -218,9 +242,11 @@ def mixed(rows: Mapping[str, Values]) -> list[str]:
 def table(found: Mapping[str, Any]) -> str:
     """The rows as Markdown: what compares first."""
     printed = any(row["published"] for row in found["rows"].values())
+    compat = found["compat"] is not None
     heads = [
         *("", "bits per byte", "perplexity", "loss", "parameters", "optimizer state, MiB"),
         *("activations, MiB", "MFLOPs a token", "tokens/s", "tokens to reach", "FLOPs to reach"),
+        *(["as GaLore's script"] if compat else []),
         *(["printed", "why not the same"] if printed else []),
     ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -238,6 +264,7 @@ def table(found: Mapping[str, Any]) -> str:
             "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}",
             "-" if reach.get("tokens") is None else f"{reach['tokens']:,.0f}",
             "-" if reach.get("flops") is None else f"{reach['flops']:.3g}",
+            *([_spread(row, "galore_perplexity", 2)] if compat else []),
             *([_number(row["published"]), row["note"] or "-"] if printed else []),
         ]
         lines.append("| " + " | ".join(cells) + " |")

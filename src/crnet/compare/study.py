@@ -19,6 +19,9 @@ It is a TOML file, read and checked as a whole before anything is trained:
     level = 0.01
     least_nats = 0.01
 
+    [compat]                            # left out, as it should be: honest figures only
+    batch_size = 64
+
     [rows.full]
     model.linear = "full"
 
@@ -82,6 +85,15 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Compat:
+    """Beside every figure the one that GaLore's script would print (``inference.galore``)."""
+
+    batch_size: int
+    """Rows of a batch of one process."""
+    processes: int = 1
+
+
+@dataclass(frozen=True)
 class Row:
     """A method of a study."""
 
@@ -109,6 +121,8 @@ class Study:
     """The row that others are measured against."""
     tuning: Tuning | None
     rule: Rule | None
+    compat: Compat | None
+    """None: its figures are not wanted."""
     text: str
     """As the file has it."""
 
@@ -160,6 +174,7 @@ class _File:
     base: dict[str, Any] = field(default_factory=dict)
     tuning: Tuning | None = None
     rule: Rule | None = None
+    compat: Compat | None = None
 
 
 @dataclass(frozen=True)
@@ -188,8 +203,17 @@ def parse(name: str, text: str) -> Study:
     except ConfigError as error:
         raise ConfigError(f"{name}: {problem}" for problem in error.problems) from error
     reference = given.reference or next(iter(rows))
-    title = given.title or name
-    study = Study(name, title, rows, given.seeds, reference, given.tuning, given.rule, text)
+    study = Study(
+        name=name,
+        title=given.title or name,
+        rows=rows,
+        seeds=given.seeds,
+        reference=reference,
+        tuning=given.tuning,
+        rule=given.rule,
+        compat=given.compat,
+        text=text,
+    )
     if problems := [*_pair_problems(study)]:
         raise ConfigError(f"{name}: {problem}" for problem in problems)
     return study
@@ -221,6 +245,8 @@ def _problems(given: _File) -> Iterator[str]:
         yield f"rule.level is {rule.level}; it must be between 0 and 1"
     if rule and not 0 <= rule.least_nats < math.inf:
         yield f"rule.least_nats is {rule.least_nats}; it must be 0 or more"
+    if given.compat and min(given.compat.batch_size, given.compat.processes) < 1:
+        yield f"compat is {vars(given.compat)}; both must be 1 or more"
     for pair in rule.pairs if rule else ():
         if len(pair) != 2 or not {*pair} <= {*given.rows} or len({*pair}) < 2:
             yield f"rule.pairs has {pair}; a pair is two rows"

@@ -8,19 +8,26 @@ from typing import Literal
 
 from crnet.errors import ConfigError
 
-Protocol = Literal["rows", "document", "sliding"]
+Protocol = Literal["rows", "document", "sliding", "galore"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Of --tasks."""
+    """Of --tasks, and of --protocol galore."""
 
     num_fewshot: int | None = None
     """tasks: examples before each question; none: as the task has it."""
     limit: int | None = None
     """tasks: most documents of each."""
     batch_size: int | None = None
-    """tasks: most rows of a batch; none: as many as 8,192 tokens have room for."""
+    """tasks: most rows of a batch; none: as many as 8,192 tokens have room for. galore: rows of a
+    batch of one process."""
+    processes: int | None = None
+    """galore: processes that the figure is made for; none: one."""
+
+
+GALORE = ("--batch-size", "--processes")
+"""Options of --protocol galore."""
 
 
 def check_asked(
@@ -36,17 +43,27 @@ def check_asked(
     if protocol not in (known := Protocol.__args__):
         problems.append(f"--protocol is {protocol!r}; known are {', '.join(known)}")
     for flag, value in given.items():
-        if flag in options and not has_tasks:
+        if flag in (GALORE if protocol == "galore" else ()) and not has_tasks:
+            if value < 1:
+                problems.append(f"{flag} is {value}; it must be above zero")
+        elif flag == "--processes":
+            problems.append("--processes is of --protocol galore; say that, or leave it out")
+        elif flag in options and not has_tasks:
             problems.append(f"{flag} is of --tasks; name some, or leave it out")
-        elif flag in cuts and not has_tasks and protocol == "rows":
+        elif flag in cuts and not has_tasks and protocol in ("rows", "galore"):
             problems.append(
-                f"{flag} has no effect with --protocol rows; say --protocol document or sliding, "
-                "or leave it out"
+                f"{flag} has no effect with --protocol {protocol}; say --protocol document or "
+                "sliding, or leave it out"
             )
         elif flag == "--stride" and has_tasks:
             problems.append("--stride has no effect on --tasks; leave it out")
         elif flag in options and value < (0 if flag == "--num-fewshot" else 1):
             problems.append(f"{flag} is {value}; it must be above zero")
+    if protocol == "galore" and not has_tasks and "--batch-size" not in given:
+        problems.append(
+            "--protocol galore: say --batch-size, the rows of a batch of one process in the run "
+            "whose figure is to be met; the figure hangs on it"
+        )
     if has_tasks and protocol != "rows":
         problems.append(f"--protocol {protocol} has no effect on --tasks; leave one of them out")
     if problems:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from crnet.config.sections import DataConfig
 from crnet.data.prepare import prepare
 from crnet.data.rows import Rows, validation_hash
 from crnet.inference.evaluate import Evaluation, evaluate
+from crnet.inference.galore import evaluate_as_galore
 from crnet.inference.load import check_tokenizer, load_model, pick_device
 from crnet.storage.checkpoint import Checkpoint
 
@@ -46,3 +48,23 @@ def evaluate_on(saved: Checkpoint, data: DataConfig, device: str) -> tuple[Evalu
     model = load_model(saved, pick_device(device))
     found = evaluate(model, rows, data.validation_tokens)
     return found, validation_hash(rows, data.validation_tokens)
+
+
+def evaluate_on_as_galore(
+    saved: Checkpoint, data: DataConfig, device: str, batch_size: int, processes: int
+) -> dict[str, Any]:
+    """``evaluate_on``, and beside it what the GaLore family's script would print.
+
+    Args:
+        batch_size, processes: ``inference.galore.evaluate_as_galore``.
+    """
+    rows = rows_of(saved, data)
+    model = load_model(saved, pick_device(device))
+    found = evaluate(model, rows, data.validation_tokens)
+    theirs = evaluate_as_galore(model, rows, data.validation_tokens, batch_size, processes)
+    return {
+        **found.figures(),
+        "galore_loss": theirs.loss,
+        "galore_perplexity": theirs.perplexity,
+        "galore_batches": theirs.batches,
+    }
