@@ -64,6 +64,7 @@ def json_words(command: str, bench: Bench) -> list[str]:
         "paper": ["paper", "2"],
         "check-plugin": ["check-plugin", str(Path(__file__).parent / "no_plugin.py")],
         "demo": ["demo", "--quick", "--steps", "2", "--out", "demo"],
+        "compare": ["compare", "smoke", "--dry-run", "--out", str(bench.folder / "compared")],
         "sweep": [
             *("sweep", *bench.tiny("swept")[1:], "--over", "optimizer.lr=1e-3,3e-3"),
         ],

@@ -175,8 +175,9 @@ def test_rows_that_are_not_alike_are_refused_with_the_mend() -> None:
     alignment = study.parse("test", fitting).rows["crnet"].alignment
     assert alignment is not None
     assert abs(alignment.ratio - 1) <= 0.01
-    with pytest.raises(ConfigError, match="no row that is aligned before"):
-        study.parse("test", text.replace('align_to = "full"', 'align_to = "crnet"'))
+    for other, why in (("crnet", "'crnet', which waits for it"), ("fll", "'fll', which is no row")):
+        with pytest.raises(ConfigError, match=f"rows.crnet: align_to is {why}"):
+            study.parse("test", text.replace('align_to = "full"', f'align_to = "{other}"'))
 
 
 # Tuning

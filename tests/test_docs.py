@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import runpy
-import shlex
 import subprocess
 import sys
+import textwrap
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from crnet.cli.app import app_for
+from crnet.compare import study
 from crnet.config.presets import PRESETS
 from crnet.config.serialize import override
 from crnet.cost.parameters import num_parameters
@@ -101,13 +100,13 @@ def test_every_extra_is_explained() -> None:
     assert set(table) == set(project["optional-dependencies"])
 
 
-def test_specs_of_the_page_on_comparing_are_runs() -> None:
+def test_the_study_of_the_page_on_comparing_can_be_run() -> None:
     text = (DOCS / "compare.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```json\n(.*?)^```", text, re.M | re.S)
-    for words in json.loads(block).values():
-        command = ["train", *shlex.split(words)]
-        function, _, _ = app_for(command).parse_args(command, exit_on_error=False)
-        assert function.__name__ == "train"
+    (block,) = re.findall(r"^```toml\n(.*?)^```", text, re.M | re.S)
+    assert set(study.parse("mine", block).rows) == {"full", "crnet", "lowrank"}
+    shown = re.search(r"^    title = .*?\n\n(?=A row)", study.__doc__ or "", re.M | re.S)
+    assert shown
+    assert study.parse("docstring", textwrap.dedent(shown[0])).compat
 
 
 def test_cards_of_the_page_on_hardware() -> None:

@@ -73,6 +73,7 @@ SHORT: dict[str, Changes] = {
     "protocol": {},
     "check-plugin": {},
     "sweep": SHAPE | DATA | STEPS | {"--train.steps": "8"},
+    "compare": {"--dry-run": ""},
     "demo": {"--quick": "", "--steps": "2", "--out": "demo"},
 }
 """By command. What costs nothing is run as it stands."""
@@ -87,6 +88,7 @@ ONE_LINE: dict[str, Changes] = {
         "--model.rank": "12x3,16x8",
         "--model.num-layers": "12",
     },
+    "crnet compare mine.toml --out mine --report": {"--dry-run": "", "--report": None},
     "crnet train --data.source 'books/*.txt'": {"--data.source": "books/*.txt"},
     # Conversations, of which a row of 16 tokens would hold no answer.
     "crnet finetune run --data.source talks.jsonl": {
@@ -259,6 +261,8 @@ def folder(tmp_path: Path, corpus: Path) -> Path:
     (tmp_path / "talks.jsonl").write_text(talks, encoding="utf-8")
     blocks = code_blocks(ROOT / "README.md", "yaml")
     (tmp_path / "mine.yaml").write_text(blocks[0], encoding="utf-8")
+    (study,) = code_blocks(ROOT / "docs" / "compare.md", "toml")
+    (tmp_path / "mine.toml").write_text(study, encoding="utf-8")
     (tmp_path / "tonight.toml").write_text("[train]\nlog_every_steps = 1\n", encoding="utf-8")
     page = code_blocks(ROOT / "docs" / "adding_a_method.md", "python")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")

@@ -19,6 +19,7 @@ USES = {
     "sentencepiece": ("data", "prepare --data.source corpus.txt --data.tokenizer pieces.model"),
     "transformers": ("data", "prepare --data.source corpus.txt --data.tokenizer t5-base"),
     "matplotlib": ("plot", "cost tiny --plot picture"),
+    "scipy": ("compare", "compare smoke"),
     "peft": ("hf", "train --data.source corpus.txt --train.init-from run --train.adapter lora"),
     "tensorboard": ("track", "train --data.source corpus.txt --train.trackers tensorboard"),
     "trackio": ("track", "train --data.source corpus.txt --train.trackers trackio"),

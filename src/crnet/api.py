@@ -30,7 +30,7 @@ from crnet.inference.asked import Protocol, TaskOptions, check_asked
 from crnet.inference.evaluate import Evaluation
 from crnet.inference.generate import Prompt
 from crnet.inference.load import load_model, load_tokenizer, pick_device
-from crnet.inference.on_rows import evaluate_on, evaluate_on_as_galore
+from crnet.inference.on_rows import evaluate_on, evaluate_on_compat
 from crnet.inference.on_texts import evaluate_on_tasks, evaluate_on_texts
 from crnet.inference.sampling import Sampling
 from crnet.inference.texts import TextEvaluation
@@ -215,7 +215,7 @@ def evaluate(
 def evaluate(
     path: str | Path,
     *,
-    protocol: Literal["galore"],
+    protocol: Literal["compat"],
     batch_size: int,
     processes: int | None = ...,
     device: str = ...,
@@ -240,19 +240,19 @@ def evaluate(
     Args:
         path: a checkpoint, or a run (its newest whole one).
         protocol: rows: the validation rows, as during training; document: every document by
-            itself; sliding: the corpus as one text under a sliding window; galore: as GaLore's
-            script, biased and in bf16 (``inference.galore``).
+            itself; sliding: the corpus as one text under a sliding window; compat: as GaLore's
+            script, biased and in bf16 (``inference.compat``).
         window: document, sliding, tasks: most tokens read at once; None: a row's.
         stride: sliding: from one window's start to the next one's; None: half a window.
         tasks: of lm-eval, by name or .yaml file, in place of a corpus.
         num_fewshot, limit, batch_size: of tasks (``inference.asked.TaskOptions``).
-        batch_size, processes: galore: rows of a batch of one process, and how many there were.
+        batch_size, processes: compat: rows of a batch of one process, and how many there were.
         data: keys of the section data, over those of the run: ``source=...``. Another corpus is
             read with the model's tokenizer.
     Returns:
         Loss, perplexity, bits per byte and accuracy; under document and sliding also a word's
-        perplexity; of tasks a dict, the rows of ``tasks`` and ``groups`` by name; under galore
-        one of ``galore_loss`` and ``galore_perplexity`` beside the figures of rows.
+        perplexity; of tasks a dict, the rows of ``tasks`` and ``groups`` by name; under compat
+        one of ``compat_loss`` and ``compat_perplexity`` beside the figures of rows.
     Raises:
         ConfigError: the checkpoint or the corpus cannot be used, or a key would have no effect.
     Numerics: fp32, token-weighted; of rows the figure at the end of the run, to the last bit.
@@ -268,9 +268,9 @@ def evaluate(
         return evaluate_on_tasks(saved, config, device, words, window, options)
     if protocol == "rows":
         return evaluate_on(saved, config, device)[0]
-    if protocol == "galore":
+    if protocol == "compat":
         assert batch_size is not None  # checked
-        return evaluate_on_as_galore(saved, config, device, batch_size, processes or 1)
+        return evaluate_on_compat(saved, config, device, batch_size, processes or 1)
     return evaluate_on_texts(saved, config, device, protocol, window, stride)[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,17 +51,11 @@ def compare(
     report
         Write the results of what is finished; nothing is trained.
     """
-    from crnet.compare import comparison, verdicts
-    from crnet.compare.study import read
-
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"--jobs is {jobs}; it must be 1 or more")
     if dry_run and report:
         raise ConfigError("--dry-run and --report do not go together; say one of them")
-    wanted = read(study)
-    if wanted.rule:
-        verdicts.check_installed()
-    found = comparison.Comparison(wanted, out or new_run(f"compare-{wanted.name}"), only, retry)
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"--jobs is {jobs}; it must be 1 or more")
+    found = _opened(study, out, only, retry)
     if dry_run or report:
         found.grow_as_known()
     if dry_run:
@@ -78,13 +73,28 @@ def compare(
     made = _write(found)
     if as_json:
         print_json(made)
-        return
+    else:
+        _show(made, found.out)
+
+
+def _opened(study: str, out: Path | None, only: Sequence[str], retry: bool) -> Comparison:
+    from crnet.compare import comparison, verdicts
+    from crnet.compare.study import read
+
+    wanted = read(study)
+    if wanted.rule:
+        verdicts.check_installed()
+    out = out or new_run(f"compare-{wanted.name}")
+    return comparison.Comparison(wanted, out, tuple(only), retry)
+
+
+def _show(made: dict[str, Any], out: Path) -> None:
     from crnet.compare import results
 
     print(results.table(made))
     if made["verdicts"]:
         print(f"\n{results.verdicts(made)}")
-    print(f"study folder {found.out} (results.json, results.md, report.html)")
+    print(f"study folder {out} (results.json, results.md, report.html)")
 
 
 def _say(row: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -38,7 +39,7 @@ def evaluate(
     ----------
     protocol
         rows: the rows of the validation set, as during training; document: every document by
-        itself, all tokens; sliding: the corpus as one text under a sliding window; galore: what
+        itself, all tokens; sliding: the corpus as one text under a sliding window; compat: what
         GaLore's script and its forks print, biased and in bf16, beside rows (docs/evaluation.md).
     window
         document, sliding, tasks: most tokens that the model reads at once; none: a row's.
@@ -51,45 +52,73 @@ def evaluate(
     check_asked(protocol, bool(tasks), options, {"--window": window, "--stride": stride})
     saved = open_checkpoint(checkpoint)
     if tasks:
-        from crnet.inference.on_texts import evaluate_on_tasks
-
-        figures = evaluate_on_tasks(saved, data, device, tasks, window, options)
-        words = _task_lines(figures)
+        figures, words = _tasks(saved, data, device, tasks, window, options)
     elif protocol == "rows":
-        figures = _rows(saved, data, device)
-        words = (
-            f"loss {figures['val_loss']:.6f}, perplexity {figures['val_perplexity']:.4f}, "
-            f"{figures['val_bits_per_byte']:.4f} bits a byte, accuracy "
-            f"{figures['val_accuracy']:.2%} over {figures['val_tokens']:,} tokens "
-            f"({figures['val_bytes']:,} bytes) of set {figures['validation_hash'][:12]}"
-        )
-    elif protocol == "galore":
-        from crnet.inference.on_rows import evaluate_on_as_galore
-
-        processes = options.processes or 1
-        assert options.batch_size is not None  # checked
-        figures = evaluate_on_as_galore(saved, data, device, options.batch_size, processes)
-        words = (
-            f"as GaLore's script: loss {figures['galore_loss']:.6f}, perplexity "
-            f"{figures['galore_perplexity']:.4f} ({figures['galore_batches']} batches of "
-            f"{options.batch_size} rows on each of {processes} processes); as it is: loss "
-            f"{figures['val_loss']:.6f}, perplexity {figures['val_perplexity']:.4f}"
-        )
+        figures, words = _rows(saved, data, device)
+    elif protocol == "compat":
+        figures, words = _compat(saved, data, device, options)
     else:
-        from crnet.inference.on_texts import evaluate_on_texts
-
-        found, cut = evaluate_on_texts(saved, data, device, protocol, window, stride)
-        figures = {"protocol": protocol, **cut, **found.figures()}
-        words = (
-            f"loss {figures['loss']:.6f}, perplexity {figures['perplexity']:.4f} a token, "
-            f"{figures['word_perplexity']:.4f} a word, {figures['bits_per_byte']:.4f} bits a byte, "
-            f"accuracy {figures['accuracy']:.2%} over {figures['tokens']:,} tokens "
-            f"({figures['bytes']:,} bytes) of {figures['documents']:,} documents"
-        )
+        figures, words = _texts(saved, data, device, protocol, window, stride)
     if as_json:
         print_json({"checkpoint": str(saved.folder), "step": saved.progress.step, **figures})
     else:
         print(f"{saved.folder}: {words}")
+
+
+Figures = dict[str, Any]
+
+
+def _tasks(
+    saved: Checkpoint,
+    data: DataConfig,
+    device: str,
+    tasks: Sequence[str],
+    window: int | None,
+    options: TaskOptions,
+) -> tuple[Figures, str]:
+    """Figures of lm-eval's tasks, and their words."""
+    from crnet.inference.on_texts import evaluate_on_tasks
+
+    figures = evaluate_on_tasks(saved, data, device, tasks, window, options)
+    return figures, _task_lines(figures)
+
+
+def _texts(
+    saved: Checkpoint,
+    data: DataConfig,
+    device: str,
+    protocol: Literal["document", "sliding"],
+    window: int | None,
+    stride: int | None,
+) -> tuple[Figures, str]:
+    """Figures of whole documents or of a sliding window, and their words."""
+    from crnet.inference.on_texts import evaluate_on_texts
+
+    found, cut = evaluate_on_texts(saved, data, device, protocol, window, stride)
+    figures = {"protocol": protocol, **cut, **found.figures()}
+    return figures, (
+        f"loss {figures['loss']:.6f}, perplexity {figures['perplexity']:.4f} a token, "
+        f"{figures['word_perplexity']:.4f} a word, {figures['bits_per_byte']:.4f} bits a byte, "
+        f"accuracy {figures['accuracy']:.2%} over {figures['tokens']:,} tokens "
+        f"({figures['bytes']:,} bytes) of {figures['documents']:,} documents"
+    )
+
+
+def _compat(
+    saved: Checkpoint, data: DataConfig, device: str, options: TaskOptions
+) -> tuple[Figures, str]:
+    """Figures as GaLore's script prints them beside those of the rows, and their words."""
+    from crnet.inference.on_rows import evaluate_on_compat
+
+    processes = options.processes or 1
+    assert options.batch_size is not None  # checked
+    figures = evaluate_on_compat(saved, data, device, options.batch_size, processes)
+    return figures, (
+        f"as GaLore's script: loss {figures['compat_loss']:.6f}, perplexity "
+        f"{figures['compat_perplexity']:.4f} ({figures['compat_batches']} batches of "
+        f"{options.batch_size} rows on each of {processes} processes); as it is: loss "
+        f"{figures['val_loss']:.6f}, perplexity {figures['val_perplexity']:.4f}"
+    )
 
 
 def _task_lines(figures: dict[str, Any]) -> str:
@@ -108,12 +137,18 @@ def _task_lines(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rows(saved: Checkpoint, data: DataConfig, device: str) -> dict[str, Any]:
-    """Figures of the validation rows."""
+def _rows(saved: Checkpoint, data: DataConfig, device: str) -> tuple[Figures, str]:
+    """Figures of the validation rows, and their words."""
     from crnet.inference.on_rows import evaluate_on
 
     found, hashed = evaluate_on(saved, data, device)
-    return {**found.figures(), "validation_hash": hashed}
+    figures = {**found.figures(), "validation_hash": hashed}
+    return figures, (
+        f"loss {figures['val_loss']:.6f}, perplexity {figures['val_perplexity']:.4f}, "
+        f"{figures['val_bits_per_byte']:.4f} bits a byte, accuracy "
+        f"{figures['val_accuracy']:.2%} over {figures['val_tokens']:,} tokens "
+        f"({figures['val_bytes']:,} bytes) of set {hashed[:12]}"
+    )
 
 
 COMMAND = Command(evaluate, layers="checkpoint")

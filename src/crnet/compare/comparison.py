@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import shutil
 import statistics
 import time
@@ -217,8 +216,7 @@ class Comparison:
         folder = self.folder(row, trial)
         found = finished(folder, until(trial.config, share))
         if found is None and (folder / FAILED).exists():
-            said = json.loads((folder / FAILED).read_text(encoding="utf-8"))
-            found = {"problem": said["problem"]}
+            found = {"problem": read_json(folder / FAILED)["problem"]}
         return found
 
     def _train(

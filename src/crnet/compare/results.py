@@ -23,7 +23,7 @@ from crnet.cost.peak import peak_bytes
 from crnet.cost.step import step_flops
 from crnet.cost.workload import Workload, workload
 from crnet.errors import ConfigError
-from crnet.inference.on_rows import evaluate_on_as_galore
+from crnet.inference.on_rows import evaluate_on_compat
 from crnet.report.folder import MANIFEST
 from crnet.storage import metrics
 from crnet.storage.checkpoint import newest
@@ -84,7 +84,7 @@ def _row(of: Comparison, row: Row) -> Values:
         "tuning": _tuning(of, row) if tuned else None,
         "runs": runs,
     }
-    keys = ("val_loss", "val_bits_per_byte", "val_perplexity", "tokens_per_s", "galore_perplexity")
+    keys = ("val_loss", "val_bits_per_byte", "val_perplexity", "tokens_per_s", "compat_perplexity")
     whole = runs and all(run["problem"] is None and run["step"] is not None for run in runs)
     for key in keys:
         values = [run[key] for run in runs] if whole else []
@@ -156,7 +156,7 @@ def _run(of: Comparison, row: Row, trial: Trial) -> Values:
         "val_bits_per_byte": None,
         "val_perplexity": None,
         "tokens_per_s": None,
-        "galore_perplexity": None,
+        "compat_perplexity": None,
         "problem": None,
         "curve": [],
     }
@@ -170,24 +170,24 @@ def _run(of: Comparison, row: Row, trial: Trial) -> Values:
     if figures is not None:
         found |= {"step": last_step(trial.config), **figures}
         if of.study.compat and "problem" not in figures:
-            found["galore_perplexity"] = _as_galore(of.study.compat, folder)
+            found["compat_perplexity"] = _compat(of.study.compat, folder)
     if (folder / MANIFEST).exists():
         manifest = read_json(folder / MANIFEST)
         found |= {key: manifest.get(key) for key in PROVENANCE}
     return found
 
 
-def _as_galore(compat: Compat, folder: Path) -> float:
+def _compat(compat: Compat, folder: Path) -> float:
     """What GaLore's script would print of a run's last checkpoint; computed once."""
     file, asked = folder / COMPAT, dataclasses.asdict(compat)
     if file.exists() and (known := read_json(file)).get("asked") == asked:
-        return known["galore_perplexity"]
+        return known["compat_perplexity"]
     saved = newest(folder)
     if saved is None:
         raise ConfigError(f"{folder}: its last checkpoint is gone; leave [compat] out")
-    found = evaluate_on_as_galore(saved, saved.config.data, "auto", **asked)
+    found = evaluate_on_compat(saved, saved.config.data, "auto", **asked)
     write_json(file, {"asked": asked, **found})
-    return found["galore_perplexity"]
+    return found["compat_perplexity"]
 
 
 def _loss(run: Mapping[str, Any]) -> float | None:
@@ -264,7 +264,7 @@ def table(found: Mapping[str, Any]) -> str:
             "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}",
             "-" if reach.get("tokens") is None else f"{reach['tokens']:,.0f}",
             "-" if reach.get("flops") is None else f"{reach['flops']:.3g}",
-            *([_spread(row, "galore_perplexity", 2)] if compat else []),
+            *([_spread(row, "compat_perplexity", 2)] if compat else []),
             *([_number(row["published"]), row["note"] or "-"] if printed else []),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -26,9 +26,12 @@ It is a TOML file, read and checked as a whole before anything is trained:
     model.linear = "full"
 
     [rows.crnet]
-    model.linear = "crnet"
+    model = { linear = "crnet", rank = 48 }
+
+    [rows.lowrank]
+    model.linear = "lowrank"
     align = "parameters"                # as many as the row of align_to has, to 1%
-    align_to = "lowrank"
+    align_to = "crnet"
 
 A row that is aligned and names no ``model.rank`` gets the rank that comes nearest.
 """
@@ -86,7 +89,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Compat:
-    """Beside every figure the one that GaLore's script would print (``inference.galore``)."""
+    """Beside every figure the one that GaLore's script would print (``inference.compat``)."""
 
     batch_size: int
     """Rows of a batch of one process."""
@@ -289,7 +292,9 @@ def _rows(given: _File, base: RunConfig) -> dict[str, Row]:
         ready = [name for name in waiting if keys[name].align_to in (None, *found)]
         if not ready:
             raise ConfigError(
-                f"{', '.join(waiting)}: align_to names no row that is aligned before it"
+                f"rows.{name}: align_to is {keys[name].align_to!r}, which "
+                + ("waits for it" if keys[name].align_to in given.rows else "is no row")
+                for name in waiting
             )
         for name in ready:
             waiting.remove(name)

@@ -78,10 +78,10 @@ def _verdict(
     return Verdict(one, other, difference, p, corrected, called, f"p {corrected:.2g}")
 
 
-def welch(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:
+def welch(first: Sequence[float | None], second: Sequence[float | None]) -> float | None:
     """Two-sided p of Welch's t-test (1947); None: a run is missing, or there is one seed."""
-    one, other = _known(ours), _known(theirs)
-    if len(one) < max(len(ours), 2) or len(other) < max(len(theirs), 2):
+    one, other = _known(first), _known(second)
+    if len(one) < max(len(first), 2) or len(other) < max(len(second), 2):
         return None
     if statistics.pvariance(one) == statistics.pvariance(other) == 0:
         return 1.0 if one[0] == other[0] else 0.0

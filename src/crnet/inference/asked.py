@@ -8,26 +8,26 @@ from typing import Literal
 
 from crnet.errors import ConfigError
 
-Protocol = Literal["rows", "document", "sliding", "galore"]
+Protocol = Literal["rows", "document", "sliding", "compat"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Of --tasks, and of --protocol galore."""
+    """Of --tasks, and of --protocol compat."""
 
     num_fewshot: int | None = None
     """tasks: examples before each question; none: as the task has it."""
     limit: int | None = None
     """tasks: most documents of each."""
     batch_size: int | None = None
-    """tasks: most rows of a batch; none: as many as 8,192 tokens have room for. galore: rows of a
+    """tasks: most rows of a batch; none: as many as 8,192 tokens have room for. compat: rows of a
     batch of one process."""
     processes: int | None = None
-    """galore: processes that the figure is made for; none: one."""
+    """compat: processes that the figure is made for; none: one."""
 
 
-GALORE = ("--batch-size", "--processes")
-"""Options of --protocol galore."""
+COMPAT = ("--batch-size", "--processes")
+"""Options of --protocol compat."""
 
 
 def check_asked(
@@ -43,14 +43,14 @@ def check_asked(
     if protocol not in (known := Protocol.__args__):
         problems.append(f"--protocol is {protocol!r}; known are {', '.join(known)}")
     for flag, value in given.items():
-        if flag in (GALORE if protocol == "galore" else ()) and not has_tasks:
+        if flag in (COMPAT if protocol == "compat" else ()) and not has_tasks:
             if value < 1:
                 problems.append(f"{flag} is {value}; it must be above zero")
         elif flag == "--processes":
-            problems.append("--processes is of --protocol galore; say that, or leave it out")
+            problems.append("--processes is of --protocol compat; say that, or leave it out")
         elif flag in options and not has_tasks:
             problems.append(f"{flag} is of --tasks; name some, or leave it out")
-        elif flag in cuts and not has_tasks and protocol in ("rows", "galore"):
+        elif flag in cuts and not has_tasks and protocol in ("rows", "compat"):
             problems.append(
                 f"{flag} has no effect with --protocol {protocol}; say --protocol document or "
                 "sliding, or leave it out"
@@ -59,9 +59,9 @@ def check_asked(
             problems.append("--stride has no effect on --tasks; leave it out")
         elif flag in options and value < (0 if flag == "--num-fewshot" else 1):
             problems.append(f"{flag} is {value}; it must be above zero")
-    if protocol == "galore" and not has_tasks and "--batch-size" not in given:
+    if protocol == "compat" and not has_tasks and "--batch-size" not in given:
         problems.append(
-            "--protocol galore: say --batch-size, the rows of a batch of one process in the run "
+            "--protocol compat: say --batch-size, the rows of a batch of one process in the run "
             "whose figure is to be met; the figure hangs on it"
         )
     if has_tasks and protocol != "rows":

@@ -8,8 +8,8 @@ from typing import Any
 from crnet.config.sections import DataConfig
 from crnet.data.prepare import prepare
 from crnet.data.rows import Rows, validation_hash
+from crnet.inference.compat import evaluate_compat
 from crnet.inference.evaluate import Evaluation, evaluate
-from crnet.inference.galore import evaluate_as_galore
 from crnet.inference.load import check_tokenizer, load_model, pick_device
 from crnet.storage.checkpoint import Checkpoint
 
@@ -50,21 +50,21 @@ def evaluate_on(saved: Checkpoint, data: DataConfig, device: str) -> tuple[Evalu
     return found, validation_hash(rows, data.validation_tokens)
 
 
-def evaluate_on_as_galore(
+def evaluate_on_compat(
     saved: Checkpoint, data: DataConfig, device: str, batch_size: int, processes: int
 ) -> dict[str, Any]:
     """``evaluate_on``, and beside it what the GaLore family's script would print.
 
     Args:
-        batch_size, processes: ``inference.galore.evaluate_as_galore``.
+        batch_size, processes: ``inference.compat.evaluate_compat``.
     """
     rows = rows_of(saved, data)
     model = load_model(saved, pick_device(device))
     found = evaluate(model, rows, data.validation_tokens)
-    theirs = evaluate_as_galore(model, rows, data.validation_tokens, batch_size, processes)
+    biased = evaluate_compat(model, rows, data.validation_tokens, batch_size, processes)
     return {
         **found.figures(),
-        "galore_loss": theirs.loss,
-        "galore_perplexity": theirs.perplexity,
-        "galore_batches": theirs.batches,
+        "compat_loss": biased.loss,
+        "compat_perplexity": biased.perplexity,
+        "compat_batches": biased.batches,
     }

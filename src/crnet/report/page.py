@@ -6,7 +6,6 @@ tables sorted, by ``template/page.js``.
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import shlex
@@ -18,6 +17,7 @@ from typing import Any
 
 import crnet
 from crnet.config.serialize import to_json
+from crnet.report.words import count, duration, exponent, safe, size
 
 Values = dict[str, Any]
 
@@ -55,13 +55,13 @@ def page(found: Values, *, heading: str = "", above: Sequence[Section] = ()) -> 
     links += [("curves", "Curves"), ("runs", "Runs"), ("differences", "Configuration")]
     links += [(f"run-{idx}", name) for idx, name in enumerate(names)]
     return _template("page.html").substitute(
-        title=_text(f"{heading if above else ', '.join(names)} · crnet report"),
-        heading=_text(heading),
-        made=_text(f"crnet report, {time.strftime('%Y-%m-%d %H:%M')}"),
-        links="".join(f'<a href="#{target}">{_text(name)}</a>' for target, name in links),
+        title=safe(f"{heading if above else ', '.join(names)} · crnet report"),
+        heading=safe(heading),
+        made=safe(f"crnet report, {time.strftime('%Y-%m-%d %H:%M')}"),
+        links="".join(f'<a href="#{target}">{safe(name)}</a>' for target, name in links),
         legend=legend(names),
         body="\n".join(filter(None, body)),
-        version=_text(crnet.__version__),
+        version=safe(crnet.__version__),
         data=_in_script(runs),
         style=_template("page.css").template,
         script=_template("page.js").template,
@@ -80,58 +80,18 @@ def _in_script(runs: Sequence[Values]) -> str:
     return to_json(drawn).replace("<", "\\u003c")
 
 
-# Words and numbers
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def count(value: float) -> str:
-    """A count that is read: 3.24M."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= 0.9995 * size:
-            return f"{_digits(value / size)}{unit}"
-    return _digits(value)
-
-
-def _digits(value: float) -> str:
-    """Three digits, no exponent below a thousand."""
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if rounded == int(rounded) else f"{rounded:g}"
-
-
-def exponent(value: float) -> str:
-    """3.2e15"""
-    return f"{value:.3g}" if value < 1e4 else f"{value:.2e}".replace("e+", "e")
-
-
-def duration(value: float) -> str:
-    """Seconds as a person says them."""
-    if value < 90:
-        return f"{value:.3g} s"
-    if value < 5400:
-        return f"{value / 60:.3g} min"
-    return f"{value / 3600:.3g} h" if value < 172_800 else f"{value / 86_400:.3g} d"
-
-
-def size(value: float) -> str:
-    """Bytes."""
-    return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"
-
-
 def _loss(value: float) -> str:
     return f"{value:.4f}"
 
 
 def _state(value: str) -> str:
-    return f'<span class="badge {_text(value)}">{_text(value)}</span>'
+    return f'<span class="badge {safe(value)}">{safe(value)}</span>'
 
 
 COLUMNS: tuple[Column, ...] = (
     ("state", "state", _state),
-    ("method", "method", _text),
-    ("preset", "preset", _text),
+    ("method", "method", safe),
+    ("preset", "preset", safe),
     ("parameters", "parameters", count),
     ("block_parameters", "in blocks", count),
     ("tokens", "tokens", count),
@@ -146,8 +106,8 @@ COLUMNS: tuple[Column, ...] = (
     ("flops", "FLOPs", exponent),
     ("peak_bytes", "peak memory", size),
     ("predicted_bytes", "predicted memory", size),
-    ("precision", "precision", _text),
-    ("device", "device", _text),
+    ("precision", "precision", safe),
+    ("device", "device", safe),
 )
 WORDS = {"state", "method", "preset", "precision", "device"}
 LEAST_IS_BEST = {"val_loss", "val_perplexity", "val_bits_per_byte"}
@@ -157,7 +117,7 @@ def _cell(key: str, value: Any, write: Callable[[Any], str], is_best: bool = Fal
     classes = [*(["n"] if key not in WORDS else []), *(["best"] if is_best else [])]
     of_class = f' class="{" ".join(classes)}"' if classes else ""
     missing = value is None or (isinstance(value, float) and not math.isfinite(value))
-    sorted_by = "" if missing else _text(value)
+    sorted_by = "" if missing else safe(value)
     shown = ("-" if value is None else "not finite") if missing else write(value)
     return f'<td{of_class} data-value="{sorted_by}">{shown}</td>'
 
@@ -170,7 +130,7 @@ def legend(names: Sequence[str]) -> str:
     if len(names) == 1:
         return ""
     chips = (
-        f'<button type="button" class="chip" aria-pressed="true">{_dot(idx)}{_text(name)}</button>'
+        f'<button type="button" class="chip" aria-pressed="true">{_dot(idx)}{safe(name)}</button>'
         for idx, name in enumerate(names)
     )
     return f'<div class="legend" role="group" aria-label="Runs shown">{"".join(chips)}</div>'
@@ -185,7 +145,7 @@ def alert(runs: Sequence[Values]) -> str:
     problems = [problem for run in runs for problem in run["problems"]]
     if not problems:
         return ""
-    items = "".join(f"<li>{_text(problem)}</li>" for problem in problems)
+    items = "".join(f"<li>{safe(problem)}</li>" for problem in problems)
     return f'<div class="alert" role="alert">Not everything could be read.<ul>{items}</ul></div>'
 
 
@@ -203,7 +163,7 @@ def tiles(summary: Values) -> str:
     }
     write = {key: written for key, _, written in COLUMNS}
     found = [
-        f'<div class="card tile"><b>{write[key](summary[key])}</b><span>{_text(name)}</span></div>'
+        f'<div class="card tile"><b>{write[key](summary[key])}</b><span>{safe(name)}</span></div>'
         for key, name in shown.items()
         if summary.get(key) is not None
     ]
@@ -243,7 +203,7 @@ def summaries(runs: Sequence[Values]) -> str:
             value = run["summary"].get(key)
             is_best = len(runs) > 1 and value is not None and value == least.get(key)
             cells += _cell(key, value, write, is_best)
-        head = f'<th scope="row">{_dot(idx)} <a href="#run-{idx}">{_text(run["name"])}</a></th>'
+        head = f'<th scope="row">{_dot(idx)} <a href="#run-{idx}">{safe(run["name"])}</a></th>'
         lines.append(f"<tr>{head}{cells}</tr>")
     heads = [("run", False), *((head, key not in WORDS) for key, head, _ in columns)]
     return _section("runs", "Runs", table_of(heads, lines))
@@ -262,7 +222,7 @@ def _section(name: str, title: str, content: str) -> str:
 def table_of(heads: Iterable[tuple[str, bool]], lines: Iterable[str]) -> str:
     """A table that can be sorted. ``heads``: word, and whether its column holds numbers."""
     cells = "".join(
-        f'<th scope="col"{" class=n" if is_number else ""}><button type="button">{_text(name)}'
+        f'<th scope="col"{" class=n" if is_number else ""}><button type="button">{safe(name)}'
         "</button></th>"
         for name, is_number in heads
     )
@@ -279,8 +239,8 @@ def differences(found: Values) -> str:
         return _section("differences", "Configuration", text)
     lines = []
     for key, *values in found["rows"]:
-        cells = "".join(f"<td><code>{_text(_plain(value))}</code></td>" for value in values)
-        lines.append(f'<tr><th scope="row"><code>{_text(key)}</code></th>{cells}</tr>')
+        cells = "".join(f"<td><code>{safe(_plain(value))}</code></td>" for value in values)
+        lines.append(f'<tr><th scope="row"><code>{safe(key)}</code></th>{cells}</tr>')
     heads = [("key that differs", False), *((name, False) for name in found["columns"])]
     return _section("differences", "Configuration", table_of(heads, lines))
 
@@ -305,24 +265,24 @@ def run_part(idx: int, run: Values) -> str:
         _card("Manifest", manifest(run["manifest"])),
     ]
     return f"""<section class="run" id="run-{idx}" data-run-index="{idx}">
-<header>{_dot(idx)}<h2>{_text(run["name"])}</h2>{_state(run["summary"]["state"])}
-<p>{_text(run["folder"])}, {_text(at)}</p></header>
+<header>{_dot(idx)}<h2>{safe(run["name"])}</h2>{_state(run["summary"]["state"])}
+<p>{safe(run["folder"])}, {safe(at)}</p></header>
 <div class="parts">{"".join(parts)}</div></section>"""
 
 
 def _card(title: str, content: str, more: str = "", attributes: str = "") -> str:
     start = f'<div class="card part{more}"{attributes}>'
-    return f"{start}<h3>{_text(title)}</h3>{content}</div>"
+    return f"{start}<h3>{safe(title)}</h3>{content}</div>"
 
 
 def history(events: Sequence[Values]) -> str:
     """Starts, failures and the end, one line each."""
     lines = []
     for event in events:
-        at = f"<time>{_text(event['time'])}</time>" if event["time"] else ""
+        at = f"<time>{safe(event['time'])}</time>" if event["time"] else ""
         kind = "badge failure" if event["kind"] == "failure" else "badge"
         step = f'<span><span class="{kind}">step {event["step"]:,}</span></span>'
-        lines.append(f"<li>{step}<span>{_text(event['text'])}{at}</span></li>")
+        lines.append(f"<li>{step}<span>{safe(event['text'])}{at}</span></li>")
     return f'<ol class="history">{"".join(lines)}</ol>'
 
 
@@ -330,8 +290,8 @@ def sample(found: Values) -> str:
     """A text of the model, and how it was drawn."""
     how = ", ".join(f"{key.replace('_', ' ')} {found[key]}" for key in found if key != "text")
     return (
-        f'<pre class="sample" tabindex="0">{_text(found["text"])}</pre>'
-        f'<p class="note">From an empty prompt, drawn the same way for every run: {_text(how)}.</p>'
+        f'<pre class="sample" tabindex="0">{safe(found["text"])}</pre>'
+        f'<p class="note">From an empty prompt, drawn the same way for every run: {safe(how)}.</p>'
     )
 
 
@@ -354,7 +314,7 @@ def gains(found: Values) -> str:
         histogram(values)
         + heat(found["positions"], found["values"], gain_tone(values), lambda v: f"{v:.3f}")
         + f'<div class="scroll"><table><thead><tr><th scope="col">quantile</th>{heads}</tr></thead>'
-        f'<tbody>{rows}</tbody></table></div><p class="note">{_text(text)}</p>',
+        f'<tbody>{rows}</tbody></table></div><p class="note">{safe(text)}</p>',
         " wide",
     )
 
@@ -416,7 +376,7 @@ def heat(
     write: Callable[[Any], str],
 ) -> str:
     """A table with a cell for every block and position, coloured by its value."""
-    heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in positions)
+    heads = "".join(f'<th scope="col">{safe(name)}</th>' for name in positions)
     lines = []
     for idx, row in enumerate(rows, 1):
         cells = ""
@@ -450,7 +410,7 @@ def spectra(idx: int, found: Sequence[Mapping[str, Any]]) -> list[str]:
     if not found:
         return []
     positions = list(dict.fromkeys(each["position"] for each in found))
-    options = "".join(f"<option>{_text(name)}</option>" for name in positions)
+    options = "".join(f"<option>{safe(name)}</option>" for name in positions)
     curve = _card(
         "Singular values",
         f'<div class="bar"><label>position <select>{options}</select></label></div>'
@@ -469,7 +429,7 @@ def spectra(idx: int, found: Sequence[Mapping[str, Any]]) -> list[str]:
         table = heat(
             positions, rows, lambda v: (8 + 72 * v[1], "var(--heat)"), lambda v: f"{v[0]:.1f}"
         )
-        cards.append(_card(title, table + f'<p class="note">{_text(_MEANING[key])}</p>'))
+        cards.append(_card(title, table + f'<p class="note">{safe(_MEANING[key])}</p>'))
     return cards
 
 
@@ -493,8 +453,8 @@ def manifest(found: Mapping[str, Any]) -> str:
         "recomputation": (found.get("recompute") or {}).get("policy"),
         "data": ", ".join((found.get("config") or {}).get("data", {}).get("source", [])),
     }
-    items = "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in lines.items())
-    whole = _text(to_json(found, indent=1))
+    items = "".join(f"<dt>{name}</dt><dd>{safe(value)}</dd>" for name, value in lines.items())
+    whole = safe(to_json(found, indent=1))
     return (
         f"<dl>{items}</dl><details><summary>all of run.json</summary>"
         f'<pre class="sample">{whole}</pre></details>'

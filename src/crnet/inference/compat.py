@@ -24,7 +24,7 @@ from crnet.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class GaloreEvaluation:
+class CompatEvaluation:
     """What the family's script would have printed."""
 
     loss: float
@@ -38,9 +38,9 @@ class GaloreEvaluation:
         return exp(self.loss)
 
 
-def evaluate_as_galore(
+def evaluate_compat(
     model: LanguageModel, rows: Rows, max_tokens: int, batch_size: int, processes: int = 1
-) -> GaloreEvaluation:
+) -> CompatEvaluation:
     """Evaluate as GaLore's script does.
 
     Args:
@@ -69,7 +69,7 @@ def evaluate_as_galore(
             losses = [batch_loss(narrow, *_on(rows.batch(each), device)) for each in batches]
             means.append(sum(losses) / (len(losses) + 1))
             most = max(most, len(losses))
-    return GaloreEvaluation(sum(means) / processes, most)
+    return CompatEvaluation(sum(means) / processes, most)
 
 
 def batch_loss(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> float:

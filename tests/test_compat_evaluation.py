@@ -17,8 +17,8 @@ from crnet.data.rows import Rows, validation_batches
 from crnet.data.shards import Prepared
 from crnet.errors import ConfigError
 from crnet.inference.asked import TaskOptions, check_asked
+from crnet.inference.compat import evaluate_compat
 from crnet.inference.evaluate import evaluate
-from crnet.inference.galore import evaluate_as_galore
 from crnet.model.build import build
 from crnet.model.language_model import LanguageModel
 from test_scores import on
@@ -44,7 +44,7 @@ def test_against_the_script_written_out(
     """Every process: a counter that begins at 1, means of batches in bf16, then their mean."""
     rows, model = Rows(prepared, "validation", 16, "document"), made(prepared, linear)
     before = {name: each.clone() for name, each in model.state_dict().items()}
-    found = evaluate_as_galore(model, rows, 400, batch_size, processes)
+    found = evaluate_compat(model, rows, 400, batch_size, processes)
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 
     narrow = copy.deepcopy(model)
@@ -75,7 +75,7 @@ def test_it_is_the_true_loss_times_n_over_n_plus_1_but_for_bf16(prepared: Prepar
     true = evaluate(model, rows, 24 * 16).loss
     last = math.inf
     for processes in (1, 2, 4):
-        found = evaluate_as_galore(model, rows, 24 * 16, 2, processes)
+        found = evaluate_compat(model, rows, 24 * 16, 2, processes)
         assert found.batches == 12 // processes
         wanted = true * found.batches / (found.batches + 1)
         assert found.loss == pytest.approx(wanted, rel=2**-7)
@@ -85,22 +85,22 @@ def test_it_is_the_true_loss_times_n_over_n_plus_1_but_for_bf16(prepared: Prepar
 
 def test_a_loss_of_a_batch_has_eight_bits(prepared: Prepared) -> None:
     rows, model = Rows(prepared, "validation", 16), made(prepared)
-    loss = 2 * evaluate_as_galore(model, rows, 400, 1000).loss
+    loss = 2 * evaluate_compat(model, rows, 400, 1000).loss
     assert 4 <= loss < 8
     assert loss * 2**5 == round(loss * 2**5)
 
 
 def test_what_it_needs_is_said(prepared: Prepared) -> None:
     with pytest.raises(ConfigError, match="fewer"):
-        evaluate_as_galore(made(prepared), Rows(prepared, "validation", 16), 32, 1, 500)
+        evaluate_compat(made(prepared), Rows(prepared, "validation", 16), 32, 1, 500)
     for options, protocol, said in (
-        ({}, "galore", "say --batch-size"),
-        ({"batch_size": 0}, "galore", "--batch-size is 0; it must be above zero"),
-        ({"batch_size": 2, "processes": 0}, "galore", "--processes is 0"),
-        ({"processes": 2}, "rows", "--processes is of --protocol galore"),
-        ({"batch_size": 2, "limit": 3}, "galore", "--limit is of --tasks"),
+        ({}, "compat", "say --batch-size"),
+        ({"batch_size": 0}, "compat", "--batch-size is 0; it must be above zero"),
+        ({"batch_size": 2, "processes": 0}, "compat", "--processes is 0"),
+        ({"processes": 2}, "rows", "--processes is of --protocol compat"),
+        ({"batch_size": 2, "limit": 3}, "compat", "--limit is of --tasks"),
     ):
         with pytest.raises(ConfigError, match=said):
             check_asked(protocol, False, TaskOptions(**options), {})
-    with pytest.raises(ConfigError, match="--window has no effect with --protocol galore"):
-        check_asked("galore", False, TaskOptions(batch_size=2), {"--window": 3})
+    with pytest.raises(ConfigError, match="--window has no effect with --protocol compat"):
+        check_asked("compat", False, TaskOptions(batch_size=2), {"--window": 3})
