@@ -86,7 +86,7 @@ def test_killed_repeated_and_changed(text: str, tmp_path: Path) -> None:
     for row in whole["rows"].values():
         assert row["best"] == {"optimizer.lr": 1e-3}
         assert "loss nan" in row["tuning"]["points"][1]["problems"][0]
-        assert row["galore_perplexity"] < row["val_perplexity"]
+        assert row["compat_perplexity"] < row["val_perplexity"]
     report = (out / "results.md").read_text()
     assert report.count("lr 1e+20: step") == 3
     assert "What is called better" in report

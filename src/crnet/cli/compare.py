@@ -123,7 +123,7 @@ def _foresee(study: Comparison, as_json: bool) -> None:
 def _write(study: Comparison) -> dict[str, Any]:
     """Write results.json, results.md, the pictures and report.html; returns the results."""
     from crnet.compare import pictures, results
-    from crnet.compare.page import page
+    from crnet.compare.page import begun, page
     from crnet.storage.files import write_atomically, write_json
 
     found = results.results(study)
@@ -131,7 +131,8 @@ def _write(study: Comparison) -> dict[str, Any]:
     found["pictures"] = [path.name for path in drawn]
     write_json(study.out / "results.json", found)
     write_atomically(study.out / "results.md", results.markdown(found))
-    write_atomically(study.out / "report.html", page(found, study.out))
+    if begun(found, study.out):
+        write_atomically(study.out / "report.html", page(found, study.out))
     return found
 
 

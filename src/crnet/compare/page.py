@@ -23,7 +23,7 @@ def page(found: Mapping[str, Any], out: Path) -> str:
     """The page.
 
     Args:
-        found: ``results.results``.
+        found: ``results.results``, of which a run has begun.
         out: the study's folder; below the tables stands the first run of each row.
     Cost: a checkpoint a row once from the disk, and the singular values of its maps.
     """
@@ -37,9 +37,14 @@ def page(found: Mapping[str, Any], out: Path) -> str:
         lines = "".join(f"<li>{html.escape(line)}</li>" for line in failed)
         above.append(("failures", "What failed or diverged", f"<ul>{lines}</ul>"))
     above.append(("every-run", "Every run", _html(results.runs_table(found))))
+    runs = gather(begun(found, out), samples=False)
+    return report.page(runs, heading=found["title"], above=above)
+
+
+def begun(found: Mapping[str, Any], out: Path) -> list[Path]:
+    """The first run of each row, where there is one."""
     first = [next(iter(row["runs"]), None) for row in found["rows"].values()]
-    folders = [out / run["folder"] for run in first if run and "crnet" in run]
-    return report.page(gather(folders, samples=False), heading=found["title"], above=above)
+    return [out / run["folder"] for run in first if run and "crnet" in run]
 
 
 def _drawn(found: Mapping[str, Any]) -> list[str]:

@@ -172,11 +172,11 @@ def _read(file: IO[str]) -> str:
 
 
 def message(errors: str) -> str:
-    """The last paragraph of what a program wrote to stderr, without the frame around it."""
+    """The last paragraph of what crnet wrote to stderr, without its name and the frame around."""
     last: list[str] = []
     for line in reversed([each.strip(FRAME) for each in errors.splitlines()]):
         if line:
             last.insert(0, line)
         elif last:
             break
-    return " ".join(last[-4:])
+    return " ".join(last[-4:]).removeprefix(f"{PROGRAM}: ")

@@ -229,7 +229,7 @@ def mixed(rows: Mapping[str, Values]) -> list[str]:
     found = []
     for key in PROVENANCE:
         values = sorted({str(run.get(key)) for run in runs})
-        if len(values) > 1:
+        if len(values) > 1 and key != "dirty":
             found.append(f"{key}: {', '.join(values)}")
     if any(run.get("dirty") for run in runs):
         found.append("some runs come from a working tree with changes that no commit has")
