@@ -1,16 +1,16 @@
 """Does each optimizer beat SGD with momentum? Each at its own swept rate, after the same tokens.
 
-    python runs/optimizer_floors.py --wikitext DIR --out OUT [--jobs 1] [--steps 100] [--only NAME ...]
+    python runs/optimizer_floors.py --wikitext DIR --out OUT [--jobs 1] [--steps 100] [--only ...]
     python runs/optimizer_floors.py --quick --out OUT     # four steps of a tiny shape
 
-An optimizer that a small model trains no better with than with SGD has a bug, or options that do
-not fit so short a run. Preset ``tiny``, full rank; those that step pairs of factors: plain low rank,
-beside SGD and AdamW on it. Rows and their order, the initial values, schedule and clipping are the
-same for all. Each searches five rates, a factor of 3 apart, around the one that the contract trains
-with (``OptimizerMethod.tried_lr``): all for a quarter of the steps, the best two to the end; where
-the best one stands at an edge, a rate beyond it is added, ``EXTENSIONS`` times at most. Intervals
-that are longer than the run are set to an eighth of it, ranks to a quarter of the width (``FITTED``,
-in the report). One seed: a floor, no ranking of what lies close together.
+An optimizer with which a small model trains no better than with SGD has a bug, or options that do
+not fit so short a run. Preset ``tiny``, full rank; optimizers that step pairs of factors: plain low
+rank, beside SGD and AdamW on it. Rows and their order, the initial values, schedule and clipping
+are the same for all. Each searches five rates, a factor of 3 apart, around the one that the
+contract trains with (``OptimizerMethod.tried_lr``): all for a quarter of the steps, the best two to
+the end. Where the best one stands at an edge, a rate beyond it is added, up to ``EXTENSIONS``
+times. Intervals that are longer than the run are set to an eighth of it, ranks to a quarter of the
+width (``fitted``). One seed: a floor, and no ranking of what lies close together.
 
 DIR holds WikiText-2 as train.txt.xz and valid.txt.xz; the tokenizer is trained on it. ``--jobs 0``:
 in this process. Writes OUT/floors.json and prints the table for LOG.md. What is finished is not run
@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +102,26 @@ def beyond(study: Sweep) -> float | None:
     return tried[-1] * SPACING if best["values"]["optimizer.lr"] == tried[-1] else None
 
 
+def search(
+    base: RunConfig, grid: Sequence[float], out: Path, jobs: int, rows: list[dict[str, Any]]
+) -> Sweep:
+    """A search over a grid, said on stderr; ``rows`` of what was searched before."""
+    found = trials(base, {"optimizer.lr": [f"{rate:.3g}" for rate in sorted(grid)]})
+    study = Sweep(base, found, SEARCH, out, rows)
+    for row in study.run(jobs):
+        ended = row["problem"] or f"loss {row['val_loss']:.4f}"
+        print(f"  {row['trial']}, step {row['step']}: {ended}", file=sys.stderr, flush=True)
+    return study
+
+
 def swept(base: RunConfig, out: Path, jobs: int) -> Sweep:
     """The search over the rate, extended where its best one stands at an edge."""
-    grid, rows = rates(base.optimizer.name), list[dict[str, Any]]()
-    for extension in range(EXTENSIONS + 1):
-        found = trials(base, {"optimizer.lr": [f"{rate:.3g}" for rate in sorted(grid)]})
-        study = Sweep(base, found, SEARCH, out, rows)
-        for row in study.run(jobs):
-            ended = row["problem"] or f"loss {row['val_loss']:.4f}"
-            print(f"  {row['trial']}, step {row['step']}: {ended}", file=sys.stderr, flush=True)
+    study = search(base, grid := rates(base.optimizer.name), out, jobs, [])
+    for _ in range(EXTENSIONS):
         more = beyond(study)
-        if more is None or extension == EXTENSIONS:
+        if more is None:
             break
-        grid.append(more)
+        study = search(base, grid := [*grid, more], out, jobs, study.rows)
     study.rows = list({(row["trial"], row["share"]): row for row in study.rows}.values())
     return study
 
@@ -155,7 +162,8 @@ def table(found: Mapping[str, dict[str, Any]]) -> list[str]:
     for name, entry in found.items():
         linear, _, optimizer = name.partition("/")
         if entry.get("val_loss") is None:
-            lines.append(f"| {linear} | {optimizer} | failed: {entry.get('failed', '')} |" + " |" * 5)
+            cells = f"{linear} | {optimizer} | failed: {entry.get('failed', 'every rate')}"
+            lines.append(f"| {cells} |" + " |" * 5)
             continue
         floor, gain = entry["floor"], entry["below_floor"]
         tried = {row["values"]["optimizer.lr"] for row in entry["rows"]}
