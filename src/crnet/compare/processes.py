@@ -136,17 +136,18 @@ def here(
     """
     for config in configs.values():
         check(config)
-    for name, config in configs.items():
-        folder = out / name
-        try:
-            begun = resumed_run("auto", folder) is not None
-            result = training.run(config, folder, resume=begun, progress=False)
-        except (ConfigError, TrainingError) as error:
-            yield name, Ended({}, str(error))
-            continue
-        if not result.finished and result.step != config.train.stop_after_steps:
-            raise ConfigError(f"a signal stopped it; {mend}")
-        yield name, Ended({"step": result.step, "tokens": result.tokens})
+    with signals() as stop:  # a run has its own while it lasts
+        for name, config in configs.items():
+            folder, whole = out / name, config.train.stop_after_steps or config.train.steps
+            try:
+                begun = resumed_run("auto", folder) is not None
+                result = training.run(config, folder, resume=begun, progress=False)
+            except (ConfigError, TrainingError) as error:
+                yield name, Ended({}, str(error))
+                continue
+            if stop.requested is not None or result.step < whole:
+                raise ConfigError(f"{stop.requested or 'a signal'} stopped it; {mend}")
+            yield name, Ended({"step": result.step, "tokens": result.tokens})
 
 
 def jobs_of(config: RunConfig, num_runs: int) -> int:
