@@ -1120,6 +1120,13 @@ FAULTS = [
         "test_paper_tables.py::test_memory_of_table_4",
     ),
     fault(
+        "SGD of 16 bits takes torch's fused step on a CPU",
+        "optimizers/sgd.py",
+        'return parameter.device.type != "cpu" or parameter.dtype.itemsize > 2',
+        "return True",
+        "test_optimizers_adaptive.py::test_the_last_items_of_sgds_momentum",
+    ),
+    fault(
         "Lion's step takes the new momentum",
         "optimizers/lion.py",
         "gradient, 1 - options.beta1).sign_()",

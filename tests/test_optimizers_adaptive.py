@@ -157,7 +157,8 @@ def test_sgd_without_decay_is_torchs(momentum: float, nesterov: bool, dtype: tor
         options_of("sgd", **told),
         settings,
     )
-    others = [torch.optim.SGD([each], lr=LR, fused=True, **told) for each in theirs]
+    how = {"fused": True} if dtype == torch.float32 else {"foreach": True}
+    others = [torch.optim.SGD([each], lr=LR, **how, **told) for each in theirs]
     for step in range(STEPS):
         for idx, (one, two) in enumerate(zip(ours, theirs, strict=True)):
             given = gradient(tuple(one.shape), step).to(dtype) if step >= 3 * idx else None
@@ -168,6 +169,22 @@ def test_sgd_without_decay_is_torchs(momentum: float, nesterov: bool, dtype: tor
         for one, two in zip(ours, theirs, strict=True):
             assert torch.equal(one, two), step
     assert not any(torch.equal(each, torch.ones_like(each)) for each in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [3, 16, 64, 100, 129])
+def test_the_last_items_of_sgds_momentum(count: int, dtype: torch.dtype):
+    """torch's fused step of 16 bits on a CPU leaves others there. Tolerance: rounding of the
+    dtype."""
+    weight, optimizer = alone("sgd", (count,), "norm", dtype)
+    wanted = torch.zeros(count, dtype=torch.float64)
+    for step in range(4):
+        weight.grad = gradient((count,), step).to(dtype)
+        optimizer.step()
+        wanted = 0.9 * wanted + weight.grad.double()
+    found = optimizer.state[weight]["momentum_buffer"].double()
+    near = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, wanted, rtol=near, atol=near)
 
 
 # --- Lion -----------------------------------------------------------------------------------------
