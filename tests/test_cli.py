@@ -671,7 +671,7 @@ def test_version(call: Callable[..., Any]) -> None:
 
 def test_paper_knows_the_tables_that_there_are(call: Callable[..., Any]) -> None:
     known = ", ".join(f'"{number}"' for number in sorted([*tables.TABLES, 10]))
-    code, _, err = call("paper", "4")
+    code, _, err = call("paper", "5")
     assert code == 2
     assert f'{known}, "all"' in err
 

@@ -79,7 +79,7 @@ def test_it_is_the_gradient_of_the_products_norm(size_in: int, size_out: int) ->
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam8bit", "muon", "lion", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adam8bit", "muon", "lion", "adafactor", "sgd"])
 def test_a_step_is_that_of_no_decay_and_the_products(
     name: str, corpus: Path, tmp_path: Path
 ) -> None:

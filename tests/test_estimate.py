@@ -313,7 +313,7 @@ def test_paper_command(capsys: pytest.CaptureFixture[str], number: str):
     assert all(table.get("cells") or table["rows"] for table in tables)
     titles = [table["title"].partition(":")[0] for table in tables]
     assert titles == [
-        f"Table {it}" for it in ([1, 2, 3, 10, 19, 22] if number == "all" else [number])
+        f"Table {it}" for it in ([1, 2, 3, 4, 10, 19, 22] if number == "all" else [number])
     ]
 
 

@@ -1,4 +1,4 @@
-"""SCALE, Lion, Adafactor, Stable-SPAM and NorMuon beside their papers' formulas.
+"""SGD, SCALE, Lion, Adafactor, Stable-SPAM and NorMuon beside their papers' formulas.
 
 fp64, 20 steps, tall and wide: rounding alone, where no other tolerance is named.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crnet import optimizers
 from crnet.optimizers._newton_schulz import orthogonalised
-from crnet.specs import Role
+from crnet.specs import Role, TensorSpec, constant
 from test_optimizers import SETTINGS, alone, gradient, options_of
 
 STEPS = 20
@@ -116,6 +116,75 @@ def assert_same_as_adamw(gradients: list[Tensor], found: list[Tensor]) -> None:
         weight.grad = g
         optimizer.step()
         assert torch.equal(weight, wanted)
+
+
+# --- SGD ------------------------------------------------------------------------------------------
+
+
+each_momentum = pytest.mark.parametrize(
+    ("momentum", "nesterov"), [(0.9, False), (0.8, True), (0.0, False)]
+)
+
+
+@each_shape
+@each_momentum
+def test_sgd_is_its_formula(shape: Any, momentum: float, nesterov: bool):
+    """Decay beside the momentum, not through it."""
+    w, gradients, found, optimizer = run("sgd", shape, momentum=momentum, nesterov=nesterov)
+    moved, wanted = torch.zeros_like(w), []
+    for g in gradients:
+        moved = momentum * moved + g
+        w = w - LR * (g + momentum * moved if nesterov else moved) - LR * DECAY * w
+        wanted.append(w)
+    assert_close(found, wanted)
+    assert sum(map(len, optimizer.state.values())) == int(momentum > 0)
+
+
+@each_momentum
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sgd_without_decay_is_torchs(momentum: float, nesterov: bool, dtype: torch.dtype):
+    """To the bit, also where tensors have their first gradient at different steps."""
+    settings = dataclasses.replace(SETTINGS, weight_decay=0.0)
+    zeros = constant(0.0)
+    specs = [TensorSpec((6, 5), "matrix", zeros), TensorSpec((7,), "norm", zeros)]
+    ours, theirs = (
+        [torch.nn.Parameter(torch.ones(each.shape, dtype=dtype)) for each in specs]
+        for _ in range(2)
+    )
+    told = {"momentum": momentum, "nesterov": nesterov}
+    optimizer = optimizers.get("sgd").build(
+        {str(idx): each for idx, each in enumerate(zip(specs, ours, strict=True))},
+        options_of("sgd", **told),
+        settings,
+    )
+    how = {"fused": True} if dtype == torch.float32 else {"foreach": True}
+    others = [torch.optim.SGD([each], lr=LR, **how, **told) for each in theirs]
+    for step in range(STEPS):
+        for idx, (one, two) in enumerate(zip(ours, theirs, strict=True)):
+            given = gradient(tuple(one.shape), step).to(dtype) if step >= 3 * idx else None
+            one.grad, two.grad = given, None if given is None else given.clone()
+        optimizer.step()
+        for other in others:
+            other.step()
+        for one, two in zip(ours, theirs, strict=True):
+            assert torch.equal(one, two), step
+    assert not any(torch.equal(each, torch.ones_like(each)) for each in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [3, 16, 64, 100, 129])
+def test_the_last_items_of_sgds_momentum(count: int, dtype: torch.dtype):
+    """torch's fused step of 16 bits on a CPU leaves others there. Tolerance: rounding of the
+    dtype."""
+    weight, optimizer = alone("sgd", (count,), "norm", dtype)
+    wanted = torch.zeros(count, dtype=torch.float64)
+    for step in range(4):
+        weight.grad = gradient((count,), step).to(dtype)
+        optimizer.step()
+        wanted = 0.9 * wanted + weight.grad.double()
+    found = optimizer.state[weight]["momentum_buffer"].double()
+    near = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, wanted, rtol=near, atol=near)
 
 
 # --- Lion -----------------------------------------------------------------------------------------
@@ -341,6 +410,8 @@ def test_a_head_is_no_matrix_of_muon(name: str):
     ("name", "changed", "word"),
     [
         ("scale", {"momentum": 1.0}, "momentum"),
+        ("sgd", {"momentum": 1.0}, "momentum"),
+        ("sgd", {"momentum": 0.0, "nesterov": True}, "nesterov"),
         ("lion", {"beta1": -0.1}, "beta1"),
         ("lion", {"beta2": 1.0}, "beta2"),
         ("normuon", {"momentum": 1.0}, "momentum"),

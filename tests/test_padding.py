@@ -97,7 +97,7 @@ def test_who_can_be_padded():
     assert {"crnet", "resformer", "full", "lowrank", "cola", "lora", "lax", "loro"} <= pads
     assert not pads & {"relora", "sltrain", "dlr", "lost", "fosl", "blast"}
     exact = {name for name in optimizers.names() if optimizers.get(name).pads}
-    assert exact == {"adamw", "lion"}
+    assert exact == {"adamw", "lion", "sgd"}
     assert {pair[1] for pair in PAIRS} == {"llama", "gpt2"}
     with pytest.raises(ValueError, match="cannot be padded"):
         model_spec(config_of("sltrain", "llama")).padded(64)

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from crnet.cli.sweep import values_of
-from crnet.compare import sweep
+from crnet.compare import processes, sweep
 from crnet.compare.sweep import Search, Sweep
 from crnet.config import presets
 from crnet.config.serialize import override, with_text
@@ -22,7 +23,7 @@ from crnet.cost.step import step_flops
 from crnet.cost.workload import workload
 from crnet.errors import ConfigError
 from test_cli import TINY, program, words
-from test_train import rows_of
+from test_train import losses_of, rows_of, run, tiny
 
 BASE = override(presets.get("tiny"), train={"steps": 100}, model={"vocab_size": 64})
 RATES = {"optimizer.lr": ["1e-3", "3e-3", "1e-2"]}
@@ -212,6 +213,60 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     assert sweep.picture(of) == tmp_path / "sweep.png"
     assert (tmp_path / "sweep.png").stat().st_size > 5000
     assert sweep.picture(study(tmp_path, RATES)) is None  # nothing ended
+
+
+HALVING = Search(0.5, 2)
+
+
+def in_process(out: Path, corpus: Path, rates: list[str]) -> Sweep:
+    base = tiny(corpus, train={"steps": 4, "save_every_steps": 0})
+    return Sweep(base, sweep.trials(base, {"optimizer.lr": rates}), HALVING, out)
+
+
+def test_trials_in_this_process(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other: the rows of a search, a trial that goes on has the losses of one that
+    was never stopped, and what is finished is not run again."""
+    rows = list(in_process(tmp_path / "a", corpus, ["1e-3", "2e-3"]).run(0))
+    assert [row["step"] for row in rows] == [2, 2, 4]
+    best = rows[-1]["trial"]
+    base = tiny(corpus, train={"steps": 4}, optimizer={"lr": rows[-1]["values"]["optimizer.lr"]})
+    run(base, tmp_path / "alone")
+    assert losses_of(tmp_path / "a" / best) == losses_of(tmp_path / "alone")
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("was run again")
+
+    monkeypatch.setattr(processes.training, "run", never)
+    assert list(in_process(tmp_path / "a", corpus, ["1e-3", "2e-3"]).run(0)) == rows
+
+
+def test_a_trial_that_fails_in_this_process(corpus: Path, tmp_path: Path) -> None:
+    of = in_process(tmp_path / "a", corpus, ["1e20", "1e-3"])
+    rows = list(of.run(0))
+    assert [row["val_loss"] is None for row in rows] == [True, False, False]
+    assert "loss" in rows[0]["problem"]
+    assert of.ranked()[0]["values"] == {"optimizer.lr": 1e-3}
+
+
+@pytest.mark.parametrize(("step", "said"), [(2, "SIGTERM stopped it"), (1, "a signal stopped it")])
+def test_a_signal_stops_trials_in_this_process(
+    step: int, said: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One between two runs, and one that a run has seen: it ended before its step."""
+    begun = []
+
+    def run(config: Any, folder: Path, **options: Any) -> Any:
+        begun.append(folder.name)
+        if step == 2 and len(begun) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return SimpleNamespace(step=step, tokens=1)
+
+    monkeypatch.setattr(processes.training, "run", run)
+    with pytest.raises(ConfigError, match=f"{said}; the same command goes on"):
+        list(in_process(tmp_path / "a", corpus, ["1e-3", "2e-3"]).run(0))
+    assert len(begun) == 1
 
 
 @pytest.fixture

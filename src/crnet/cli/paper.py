@@ -14,7 +14,7 @@ TITLE = "Table 10: ranks, and what plan finds for the same target; the differenc
 
 
 def paper(
-    table: Literal["1", "2", "3", "10", "19", "22", "all"] = "all",
+    table: Literal["1", "2", "3", "4", "10", "19", "22", "all"] = "all",
     /,
     *,
     markdown: Switch = False,

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crnet.compare.processes import Ended, ended
+from crnet.compare.processes import Ended, ended, here
 from crnet.config.check import check
 from crnet.config.sections import RunConfig
 from crnet.config.serialize import flags, from_dict, override, read_json, to_dict, with_text
@@ -154,6 +154,9 @@ class Sweep:
     def run(self, jobs: int | None) -> Iterator[dict[str, Any]]:
         """Run what is not finished; a row as soon as it is known.
 
+        Args:
+            jobs: trials at a time; None: ``processes.jobs_of``; 0: one after the other, in this
+                process.
         Raises:
             ConfigError: the folder holds another search; or a signal stopped it.
         """
@@ -199,7 +202,10 @@ class Sweep:
                 yield self._note(trial, share, found)
         if not left:
             return
-        runs = ended(left, self.out, jobs=jobs, mend=MEND, goes_on=True)
+        if jobs == 0:
+            runs = here(left, self.out, mend=MEND)
+        else:
+            runs = ended(left, self.out, jobs=jobs, mend=MEND, goes_on=True)
         with contextlib.closing(runs):
             for name, each in runs:
                 steps = steps_at(chosen[name].config, share)

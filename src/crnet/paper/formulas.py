@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from crnet.config.units import GIB
-from crnet.paper.sizes import Sizes, crnet_ranks, num_parameters, sizes_of
+from crnet.paper.sizes import Sizes, crnet_ranks, num_parameters, sizes_of, state_bytes
 
 A100_FLOPS, PCIE_BYTES = 312e12, 64e9  # a second, appendix G
 FF_RATIO = 8 / 3
@@ -214,6 +214,38 @@ def memory_of_table_3(row: str, size: str, rank: str = "") -> float:
     states = 4 * sizes.hidden_size + 3 * sizes.intermediate_size
     states *= sizes.num_layers * BASELINE_RANK[size]
     return (4 * items + 4 * (states + items - map_items(size))) / GIB
+
+
+# --- table 4: 7B, parameters, gradients and states ------------------------------------------------
+
+RANKS_10 = "aligned-parameters"
+"""Table 10's ranks; full rank has none."""
+TABLE_4: dict[str, tuple[str, str, str, dict[str, int]]] = {
+    # row: parameterization, its ranks, optimizer, its options; the paper prints none of them here
+    "8-bit Adam": ("full", RANKS_10, "adam8bit", {}),
+    "8-bit GaLore": ("full", RANKS_10, "galore8bit", {"rank": BASELINE_RANK["7B"]}),
+    "Apollo": ("full", RANKS_10, "apollo", {"rank": 256}),
+    "CoLA-M": ("cola", str(BASELINE_RANK["7B"]), "adamw", {}),
+    "CR-Net": ("crnet", RANKS_10, "adamw", {}),
+}
+
+
+def state_gib_of_table_4(row: str) -> float:
+    """GiB of the optimizer's state: moments of a byte with maxima of blocks of 256 items or, of
+    embedding, head and norms, in bf16; Adam's and projectors in bf16."""
+    linear, rank, optimizer, options = TABLE_4[row]
+    return state_bytes("7B", linear, rank, optimizer, options) / GIB
+
+
+def weights_gib_of_table_4(row: str) -> float:
+    """GiB of the weights in bf16; gradients take as many."""
+    linear, rank, *_ = TABLE_4[row]
+    return 2 * num_parameters("7B", linear, rank) / GIB
+
+
+def memory_of_table_4(row: str) -> float:
+    """GiB of weights, gradients and the optimizer's state; no activations."""
+    return 2 * weights_gib_of_table_4(row) + state_gib_of_table_4(row)
 
 
 # --- table 19: FLOPs of the methods ---------------------------------------------------------------

@@ -6,8 +6,10 @@ is a change of this file (and of ``table_10``, which is about the search for ran
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from crnet import optimizers
 from crnet.config import presets
 from crnet.config.model_spec import model_spec
 from crnet.config.sections import ModelConfig
@@ -61,6 +63,21 @@ def num_parameters(size: str, linear: str = "full", rank: str = "aligned-paramet
     """All parameters: eq. 8, the norms, embedding and untied head."""
     spec = model_spec(model_config(size, linear, rank))
     return sum(tensor.num_items for tensor in spec.tensors.values())
+
+
+def state_bytes(
+    size: str, linear: str, rank: str, optimizer: str, options: Mapping[str, int]
+) -> int:
+    """Bytes of an optimizer's state of a model in bf16.
+
+    Args:
+        linear, rank: the parameterization, as ``model_config``.
+        options: of the optimizer, those that are not its default.
+    """
+    method = optimizers.get(optimizer)
+    chosen = method.Options and method.Options(**options)
+    tensors = model_spec(model_config(size, linear, rank)).tensors.values()
+    return sum(method.state_bytes(each, chosen, 2) for each in tensors if each.trained)
 
 
 def crnet_ranks(size: str, rank: str = "aligned-parameters", num_layers: int = 0) -> list[int]:

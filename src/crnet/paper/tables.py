@@ -1,4 +1,4 @@
-"""The paper's tables 1, 2, 3, 19 and 22 as printed, and the same figures recomputed beside them.
+"""The paper's tables 1, 2, 3, 4, 19 and 22 as printed, and the same figures recomputed beside them.
 
 A cell agrees when the recomputed figure, rounded to the printed digits, is the printed one. Where
 it does not, ``why`` says which input gives the print; "unexplained" means that none was found, and
@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from crnet.config.units import GIB
 from crnet.paper.cells import Cell, PaperTable, read_number, reads_as
 from crnet.paper.formulas import (
     A100_FLOPS,
+    BASELINE_RANK,
     FF_RATIO,
     FULL,
     LIKE_GALORE,
@@ -29,10 +31,13 @@ from crnet.paper.formulas import (
     format_terms,
     memory_of_table_2,
     memory_of_table_3,
+    memory_of_table_4,
     parameters_of_table_3,
+    state_gib_of_table_4,
     values_of_table_22,
+    weights_gib_of_table_4,
 )
-from crnet.paper.sizes import num_parameters
+from crnet.paper.sizes import num_parameters, sizes_of
 
 FOLLOWS = "follows from the printed "
 
@@ -289,6 +294,62 @@ def _table_3() -> PaperTable:
     return PaperTable(title, notes, tuple(cells))
 
 
+# --- table 4 --------------------------------------------------------------------------------------
+
+PRINTED_4 = {"8-bit Adam": "72.59", "8-bit GaLore": "65.16", "CoLA-M": "28.82", "CR-Net": "27.60"}
+FORMULAS_4 = {
+    "8-bit Adam": "4 parameters + 8-bit moments",
+    "8-bit GaLore": "4 parameters + 8-bit moments + projectors, r = 1024",
+    "CoLA-M": "8 parameters (eq. 9), r = 1024",
+    "CR-Net": "8 parameters (eq. 9), r = 896",
+}
+
+
+def _rest_4(row: str) -> float:
+    """What table 4 prints more than weights, gradients and state."""
+    return float(PRINTED_4[row]) - memory_of_table_4(row)
+
+
+def _why_4() -> dict[str, str]:
+    adam, galore = _rest_4("8-bit Adam"), _rest_4("8-bit GaLore")
+    sizes, rank, printed_2 = sizes_of("7B"), BASELINE_RANK["7B"], _printed_2()
+    projectors = 2 * 7 * sizes.num_layers * rank * sizes.hidden_size / GIB
+    by_layer = galore + weights_gib_of_table_4("8-bit GaLore")
+    full = memory_of_table_2("Full-rank") - adam_gib(num_parameters("7B"))
+    return {
+        "8-bit Adam": f"unexplained: {adam:.2f} more; activations of 16 sequences without "
+        f"recomputation are {full:.2f} by table 2's formula",
+        "8-bit GaLore": f"unexplained: {galore:.2f} more, as much as 8-bit Adam's; that fits "
+        "projectors that are counted, in bf16, and gradients held as 8-bit Adam's are: it would be "
+        f"{galore + projectors:.2f} without projectors, and {by_layer:.2f} with one layer's "
+        "gradients at a time",
+        "CoLA-M": f"unexplained: {_rest_4('CoLA-M'):.2f} more; table 2, of the same model with 16 "
+        f"sequences, prints {printed_2[COLA_M].gib}",
+        "CR-Net": f"unexplained: {_rest_4('CR-Net'):.2f} more; table 2, of the same model with 16 "
+        f"sequences, prints {printed_2['CR-Net'].gib}",
+    }
+
+
+def _table_4() -> PaperTable:
+    reasons = _why_4()
+    cells = [
+        Cell(row, "memory, GiB", FORMULAS_4[row], memory_of_table_4(row), printed, reasons[row])
+        for row, printed in PRINTED_4.items()
+    ]
+    apollo = memory_of_table_4("Apollo")
+    notes = (
+        "Recomputed: weights, gradients and the optimizer's state, weights and gradients in bf16. "
+        "The print has more in it, and does not say what; it takes other papers' figures for the "
+        "rows that it compares with.",
+        "8-bit moments: a byte, and a maximum in fp32 for 256 items; those of embedding, "
+        "head and norms in bf16, as AdamW's.",
+        f"Apollo prints N.A.; at its r = 256, moments in bf16, nothing kept of projections: "
+        f"{apollo:.2f}, of it state {state_gib_of_table_4('Apollo'):.2f}.",
+    )
+    title = "Table 4: memory at 7B of weights, gradients and optimizer states"
+    return PaperTable(title, notes, tuple(cells))
+
+
 # --- table 19 -------------------------------------------------------------------------------------
 
 PRINTED_19 = {  # FLOPs and the ratio to full rank at 350M, 1B, 7B
@@ -410,7 +471,7 @@ def _table_22() -> PaperTable:
     return PaperTable(title, notes, tuple(cells))
 
 
-TABLES = {1: _table_1, 2: _table_2, 3: _table_3, 19: _table_19, 22: _table_22}
+TABLES = {1: _table_1, 2: _table_2, 3: _table_3, 4: _table_4, 19: _table_19, 22: _table_22}
 
 
 def table(number: int) -> PaperTable:
