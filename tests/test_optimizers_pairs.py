@@ -461,3 +461,42 @@ def test_bad_options_are_named(name: str, changed: dict[str, Any], word: str):
     problems = optimizers.get(name).problems(options_of(name, **changed))
     assert len(problems) == 1
     assert problems[0].startswith(f"--optimizer.{name}.{word}")
+
+
+@pytest.mark.parametrize(
+    ("exact", "restart", "is_right"),
+    [(500, 500, True), (1000, 500, True), (250, 500, False), (600, 500, False)],
+)
+def test_exact_steps_go_with_restarts_of_the_rate(exact: int, restart: int, is_right: bool):
+    """Each exact step is followed by small rates; under another schedule nothing restarts."""
+    found = override(
+        PRESETS["tiny"][1],
+        model={"linear": "loro", "rank": "8"},
+        train={"steps": 10_000},
+        optimizer={
+            "name": "loro-adam",
+            "schedule": "loro-cosine",
+            "loro_adam": {"exact_every": exact},
+            "loro_cosine": {"restart_every": restart},
+        },
+    )
+    if is_right:
+        check(found)
+        return
+    with pytest.raises(ConfigError, match=f"every {exact} steps .* the rate every {restart}:"):
+        check(found)
+    plain = override(PRESETS["tiny"][1], model={"linear": "loro", "rank": "8"})
+    check(override(plain, optimizer={"name": "loro-adam", "loro_adam": {"exact_every": exact}}))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lora-muon"])
+def test_a_decay_that_takes_all_of_a_weight_is_refused(name: str):
+    """A whole weight, or more, at the largest rate of the run; LoRA-Muon has no root of that."""
+    base = override(PRESETS["tiny"][1], model={"linear": "lowrank", "rank": "8"})
+    for decay in (1.9, 2.0, 3.0):
+        found = override(base, optimizer={"name": name, "lr": 0.5, "weight_decay": decay})
+        if decay < 2:
+            check(found)
+            continue
+        with pytest.raises(ConfigError, match="leaves nothing of it; take less than 2"):
+            check(found)

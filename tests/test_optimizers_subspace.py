@@ -22,6 +22,7 @@ from crnet.config.presets import PRESETS
 from crnet.config.serialize import override
 from crnet.errors import ConfigError
 from crnet.optimizers import Settings, _projection
+from crnet.optimizers._norms import norm_of
 from crnet.optimizers._projection import (
     leading,
     naive_leading,
@@ -32,7 +33,8 @@ from crnet.optimizers._projection import (
 )
 from crnet.optimizers._subspace import offsets
 from crnet.optimizers._torch import adam_
-from crnet.optimizers.dct_adamw.module import cosines
+from crnet.optimizers.dct_adamw.module import cosines, naive_transformed, transformed
+from crnet.optimizers.fira.module import naive_rest_norms, rest_norms
 from crnet.specs import Role, TensorSpec, normal
 from test_optimizers import (
     SETTINGS,
@@ -631,3 +633,40 @@ def test_gradnorm_lorp_refuses_a_row_of_zeros() -> None:
     weight.grad = gradient((4, 3), 0)
     with pytest.raises(ConfigError, match="w has a row of zeros"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 12, 101, 768])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_fast_transform_is_the_product(size: int, dtype: torch.dtype) -> None:
+    """Rounding of fp32, or of the cosines' angles in fp64; bf16 is read, and added up in fp32."""
+    x = gradient((5, size), 1).to(dtype)
+    found, places = transformed(x)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert sorted(places.tolist()) == list(range(size))
+    wanted = naive_transformed(x.double())
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found[:, places].double(), wanted, rtol=0, atol=tolerance)
+
+
+@each_shape
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_norms_of_firas_rest_are_those_of_the_rest(shape: tuple[int, int], share: float) -> None:
+    """Without the rest, fp64 and fp32; bf16, whose P is not orthonormal, makes it."""
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.0)):
+        g = gradient(shape, 2).to(dtype)
+        p = leading(g, RANK)
+        r = project(g, p)
+        side = int(shape[0] >= shape[1])
+        found = rest_norms(g, r, p, norm_of(r, side), share)
+        wanted = naive_rest_norms(g, r, p, share)
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_firas_rest_of_nothing_is_a_number() -> None:
+    """A gradient that lies in its subspace: rounding may put the square below 0."""
+    g = gradient((12, 2), 1).float() @ gradient((2, 8), 2).float()
+    p = leading(g, 2)
+    r = project(g, p)
+    found = rest_norms(g, r, p, norm_of(r, 1), 1.0)
+    assert float(found.max()) < 2e-3 * float(norm_of(g, None))
+    assert bool((found >= 0).all())

@@ -76,6 +76,11 @@ class OptimizerMethod:
         """
         return True
 
+    def restarts_every(self, options: Any) -> int | None:
+        """Steps from one restart of all moments to the next, each of which wants a restart of the
+        rate (``Schedule.restarts_every``). None: there are none."""
+        return None
+
     def build(
         self,
         parameters: Mapping[str, tuple[TensorSpec, Tensor]],

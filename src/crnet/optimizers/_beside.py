@@ -78,14 +78,3 @@ def output_dim(spec: TensorSpec) -> int:
     """The dimension of a map's matrix that counts its outputs: a dense matrix, and a head, are
     stored (out, in); a factor, and an embedding, (in, out)."""
     return 0 if spec.role in ("matrix", "head") else 1
-
-
-def squares_over(x_MN: Tensor, side: int) -> Tensor:
-    """Sums of squares over one side, which stays with size 1; fp32, fp64 for fp64.
-
-    Down the columns torch's norm takes fifteen times as long as a product and a sum.
-    """
-    wide = torch.promote_types(x_MN.dtype, torch.float32)
-    if side == 1:
-        return torch.linalg.vector_norm(x_MN, dim=1, keepdim=True, dtype=wide).square_()
-    return x_MN.to(wide).square().sum(0, keepdim=True)

@@ -8,7 +8,7 @@ are the same on any device and number of ranks.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -122,9 +122,21 @@ def growth(norm: Tensor, last: Tensor | None, limit: float) -> Tensor | None:
     return excess.where(last > 0, 1.0)
 
 
-def norm_of(x: Tensor, side: int | tuple[int, int]) -> Tensor:
-    """Frobenius norm over sides, which stay with size 1; fp32, fp64 for fp64."""
+def limited(scales: Tensor, norms: Tensor, state: dict[str, Any], limit: float) -> Tensor:
+    """Scales of a step's rows or columns, less where the step's norm grew too much (``growth``).
+
+    Args:
+        norms: what the scales make of each row or column, their norms; of the whole, one number.
+        state: its ``norm`` is that of the last step; the first is only noted.
+        limit: 0: none, and no state.
+    """
+    if not limit:
+        return scales
     import torch
 
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=side, keepdim=True, dtype=wide)
+    norm = torch.linalg.vector_norm(norms)
+    excess = growth(norm, state.get("norm"), limit)
+    if excess is not None:
+        scales, norm = scales / excess, norm / excess
+    state["norm"] = norm
+    return scales

@@ -8,7 +8,7 @@ without the wrapper.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,31 @@ class Optimizer(torch.optim.Optimizer):
     load_state_dict = body(torch.optim.Optimizer, "load_state_dict")
 
 
+class OneByOne(Optimizer):
+    """Steps tensors one by one. State of each: ``step``, a whole number, counted from 1.
+
+    A subclass gives ``_step_one``. Its groups have ``names``, as ``param_groups`` makes them.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every tensor that has a gradient."""
+        loss = loss_of(closure)
+        for group in self.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["step"] = state.get("step", 0) + 1
+                    self._step_one(name, parameter, state, group)
+        return loss
+
+    def _step_one(
+        self, name: str, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]
+    ) -> None:
+        """Step a tensor in place, decay included."""
+        raise NotImplementedError
+
+
 class AdamW(Optimizer, torch.optim.AdamW):
     """torch's."""
 
@@ -53,7 +78,7 @@ def adam_(
     lost: float = 0.0,
     betas: tuple[float, float],
     eps: float,
-    step: float,
+    step: float | Tensor,
 ) -> None:
     """torch's fused kernel on one tensor: ``target <- (1 - lost) target - rate u``, u Adam's
     direction; the moments move.
@@ -61,17 +86,20 @@ def adam_(
     Args:
         target, gradient, exp_avg, exp_avg_sq: of one shape and dtype; of split tensors, this
             process's parts.
-        step: from 1, for the correction of the bias; infinite: none, ``u = M / (sqrt(S) + eps)``.
+        step: from 1, for the correction of the bias; infinite: none, ``u = M / (sqrt(S) + eps)``;
+            a tensor is one of fp32 on their device, and stays as it is.
     Cost: one pass over the four.
     """
     local = [getattr(each, "_local_tensor", each) for each in (target, gradient)]
     local += [getattr(each, "_local_tensor", each) for each in (exp_avg, exp_avg_sq)]
     if rate == 0 and lost:  # the kernel knows the decay as a multiple of the rate
         local[0].mul_(1 - lost)
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.float32, device=local[0].device)
     torch.ops.aten._fused_adamw_(
         *([each] for each in local),
         [],
-        [torch.full((), step, dtype=torch.float32, device=local[0].device)],
+        [step],
         lr=rate,
         beta1=betas[0],
         beta2=betas[1],

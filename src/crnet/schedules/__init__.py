@@ -53,6 +53,11 @@ class Schedule:
         """The rate of optimizer step ``step``, counted from 1, over the peak rate."""
         raise NotImplementedError
 
+    def restarts_every(self, options: Any) -> int | None:
+        """Steps from one restart of the rate to the next, for an optimizer whose moments restart
+        too (``OptimizerMethod.restarts_every``). None: there are none."""
+        return None
+
     def last_stable(self, options: Any, steps: Steps) -> int | None:
         """The last step, counted from 1, before a fall that the number of steps alone decides: up
         to it a run of more steps, with a warm-up of as many, is the same run. Its checkpoint is

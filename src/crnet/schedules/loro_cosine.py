@@ -6,7 +6,7 @@ ends at 0 stands at its end. After each multiple of ``restart-every`` updates th
 ``rewarmup-steps`` from 1e-6 to what it was at the restart; not where the late cosine begins.
 
 Source: LORO, official code at 4da57b6; its 60M run has T 10000, w 1000, restarts every 500, a lag
-of 1000. ``--optimizer.loro-adam.exact-every`` is to be the same as ``restart-every``.
+of 1000. ``--optimizer.loro-adam.exact-every`` is ``restart-every``, or a multiple of it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ class LoroCosine(Schedule):
                 f"the {steps.total} steps of the run; take fewer"
             )
         return found
+
+    def restarts_every(self, options: LoroCosineOptions) -> int:
+        return options.restart_every
 
     def factor(self, step: int, options: LoroCosineOptions, steps: Steps) -> float:
         done, every, lag = step - 1, options.restart_every, options.lag(steps)

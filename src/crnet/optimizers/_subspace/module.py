@@ -8,7 +8,7 @@ decays the weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,15 +17,15 @@ from torch import Tensor
 from crnet.optimizers import Settings, param_groups
 from crnet.optimizers._projection import is_right, leading, project
 from crnet.optimizers._subspace import offsets
-from crnet.optimizers._torch import Optimizer, adam_, loss_of
+from crnet.optimizers._torch import OneByOne, adam_
 from crnet.specs import TensorSpec
 
 
-class SubspaceAdam(Optimizer):
-    """Adam with decoupled decay, dense matrices in a subspace. As it stands: GaLore.
+class GaloreAdam(OneByOne):
+    """Adam with decoupled decay, for what is not projected; a subclass says how dense matrices are.
 
     State of a tensor: ``step``, a whole number; ``exp_avg`` and ``exp_avg_sq`` in its dtype, of the
-    projected gradient where there is one; ``projection`` (R, min(M, N)) of a dense matrix.
+    projected gradient where there is one.
 
     Adam here is that of the GaLore family: ``u = M / (sqrt(S) + eps)``, the bias corrected by the
     rate, ``lr sqrt(1 - beta2^t) / (1 - beta1^t)``, the decay after the step.
@@ -45,24 +45,84 @@ class SubspaceAdam(Optimizer):
         groups = param_groups(dense, settings, projects=True)
         groups += param_groups(others, settings, projects=False)
         self.options, self.settings = options, settings
-        self.offsets = offsets(dense, options.refresh_every) if options.stagger else {}
         super().__init__(groups, {})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of every tensor that has a gradient."""
-        loss = loss_of(closure)
-        for group in self.param_groups:
-            for name, parameter in zip(group["names"], group["params"], strict=True):
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                state["step"] = state.get("step", 0) + 1
-                if group["projects"]:
-                    self._step_matrix(name, parameter, state, group)
-                else:
-                    self._step_other(parameter, state, group)
-        return loss
+    def _step_one(
+        self, name: str, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]
+    ) -> None:
+        if group["projects"]:
+            self._step_matrix(name, parameter, state, group)
+        else:
+            self._step_other(parameter, state, group)
+
+    def _step_matrix(
+        self, name: str, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]
+    ) -> None:
+        raise NotImplementedError
+
+    def _step_other(
+        self, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]
+    ) -> None:
+        """Adam of a tensor that is not projected: ``(W - rate u) (1 - lr decay)``, in one pass."""
+        assert parameter.grad is not None
+        lost = group["lr"] * group["weight_decay"]
+        rate = self._rate(group["lr"], state["step"]) * (1 - lost)
+        self._adam(parameter, parameter, parameter.grad, state, rate, lost)
+
+    def _rate(self, lr: float, step: int) -> float:
+        if self.corrects_inside:
+            return lr
+        beta1, beta2 = self.settings.beta1, self.settings.beta2
+        return lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+    def _direction(self, parameter: Tensor, r: Tensor, state: dict[str, Any]) -> Tensor:
+        """Adam's direction of a projected gradient with a minus before it; moves the moments."""
+        negative_u = torch.zeros_like(r)
+        self._adam(parameter, negative_u, r, state, 1.0, 0.0)
+        return negative_u
+
+    def _adam(
+        self,
+        parameter: Tensor,
+        target: Tensor,
+        gradient: Tensor,
+        state: dict[str, Any],
+        rate: float,
+        lost: float,
+    ) -> None:
+        """Move the moments of a parameter's gradient, or of its projection; and ``target`` by
+        ``rate``, when it has lost a share."""
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(gradient)
+            state["exp_avg_sq"] = torch.zeros_like(gradient)
+        adam_(
+            target,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            rate=rate,
+            lost=lost,
+            betas=(self.settings.beta1, self.settings.beta2),
+            eps=self.settings.eps,
+            step=state["step"] if self.corrects_inside else math.inf,
+        )
+
+
+class SubspaceAdam(GaloreAdam):
+    """Dense matrices in a subspace. As it stands: GaLore.
+
+    State as of ``GaloreAdam``, and of a dense matrix ``projection`` (R, min(M, N)).
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, tuple[TensorSpec, Tensor]],
+        options: Any,
+        settings: Settings,
+    ):
+        super().__init__(parameters, options, settings)
+        dense = [name for name, (spec, _) in parameters.items() if spec.role == "matrix"]
+        self.offsets = offsets(dense, options.refresh_every) if options.stagger else {}
 
     # --- what a method may say otherwise ---
 
@@ -92,53 +152,6 @@ class SubspaceAdam(Optimizer):
     def _is_due(self, name: str, step: int) -> bool:
         """Whether a matrix gets a new projection at a step, counted from 1."""
         return step == 1 or (step - 1) % self.options.refresh_every == self.offsets.get(name, 0)
-
-    def _rate(self, lr: float, step: int) -> float:
-        if self.corrects_inside:
-            return lr
-        beta1, beta2 = self.settings.beta1, self.settings.beta2
-        return lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-
-    def _direction(self, parameter: Tensor, r: Tensor, state: dict[str, Any]) -> Tensor:
-        """Adam's direction of a projected gradient with a minus before it; moves the moments."""
-        negative_u = torch.zeros_like(r)
-        self._adam(parameter, negative_u, r, state, 1.0, 0.0)
-        return negative_u
-
-    def _step_other(
-        self, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]
-    ) -> None:
-        """Adam of a tensor that is not projected: ``(W - rate u) (1 - lr decay)``, in one pass."""
-        assert parameter.grad is not None
-        lost = group["lr"] * group["weight_decay"]
-        rate = self._rate(group["lr"], state["step"]) * (1 - lost)
-        self._adam(parameter, parameter, parameter.grad, state, rate, lost)
-
-    def _adam(
-        self,
-        parameter: Tensor,
-        target: Tensor,
-        gradient: Tensor,
-        state: dict[str, Any],
-        rate: float,
-        lost: float,
-    ) -> None:
-        """Move the moments of a parameter's gradient, or of its projection; and ``target`` by
-        ``rate``, when it has lost a share."""
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(gradient)
-            state["exp_avg_sq"] = torch.zeros_like(gradient)
-        adam_(
-            target,
-            gradient,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            rate=rate,
-            lost=lost,
-            betas=(self.settings.beta1, self.settings.beta2),
-            eps=self.settings.eps,
-            step=state["step"] if self.corrects_inside else math.inf,
-        )
 
 
 def add_back(w_MN: Tensor, r: Tensor, p_RN: Tensor, kept: float, rate: float) -> None:

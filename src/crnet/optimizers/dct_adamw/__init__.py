@@ -14,6 +14,7 @@ Adam is torch's: the bias is corrected before eps is added, weight decay before 
 AdamW.
 
 Source: Modoranu et al. 2025 (arXiv:2505.17967) and the released code.
+S comes from a Fourier transform of every row, within rounding the product with Q.
 Deviation: each size has its own Q, where the released code takes the first matrix's for all;
 chosen columns are in the order of Q, so that a choice that does not change moves nothing. Error
 feedback is not offered.

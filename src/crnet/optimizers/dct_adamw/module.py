@@ -1,4 +1,5 @@
-"""DCT-AdamW's choice of columns. Shapes: M, N sides of a matrix, R rank, K the smaller side."""
+"""DCT-AdamW's choice of columns. Shapes: M, N sides of a matrix, R rank, K the smaller side, L the
+larger one."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crnet.optimizers._norms import ROWS
 from crnet.optimizers._projection import is_right, project
 from crnet.optimizers._subspace.module import SubspaceAdam, add_back
 
@@ -17,8 +19,9 @@ from crnet.optimizers._subspace.module import SubspaceAdam, add_back
 class DctSubspaceAdam(SubspaceAdam):
     """State as of ``SubspaceAdam``, but for ``indices`` (R), int32, in the place of a projection.
 
-    Cost: a product with Q of the matrix's size at a refresh, in the place of one with R columns.
-    The matrices Q, one a size, are made once and are no state.
+    Cost of a refresh: a Fourier transform of every row of K items, and two passes over them, in
+    the place of a product with R columns. The matrices Q, one a size, are made once and are no
+    state.
     """
 
     corrects_inside = True
@@ -29,14 +32,15 @@ class DctSubspaceAdam(SubspaceAdam):
         if not self._is_due(name, state["step"]):
             p_RK = basis_KK[state["indices"].long()]
             return p_RK, project(g_MN, p_RK)
-        s = project(g_MN, basis_KK)
-        norms = torch.linalg.vector_norm(s, ord=1, dim=1 - side, dtype=_wide(s.dtype))
-        chosen = norms.topk(min(self.options.rank, size)).indices.sort().values
+        s_LK, places_K = transformed(g_MN if side else g_MN.T)
+        norms_K = _magnitudes(s_LK)[places_K]
+        chosen = norms_K.topk(min(self.options.rank, size)).indices.sort().values
         if self.options.rotate and "indices" in state:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = followed(state[key], state["indices"].long(), chosen, size, side)
         state["indices"] = chosen.int()
-        return basis_KK[chosen], s.index_select(side, chosen)
+        r_LR = s_LK.index_select(1, places_K[chosen]).to(g_MN.dtype)
+        return basis_KK[chosen], r_LR if side else r_LR.T.contiguous()
 
     def _step_matrix(
         self, name: str, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]
@@ -65,12 +69,66 @@ def cosines(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return basis_KK.to(device, dtype)
 
 
+def transformed(x_LK: Tensor) -> tuple[Tensor, Tensor]:
+    """``X Q`` with its columns in another order, and the place of each column there.
+
+    Items k and K - k of a row are real and imaginary part of what, turned by ``pi k / 2 K``, is the
+    Fourier transform of the row of ``X Q`` in this order (Makhoul 1980, the way back). Within
+    rounding it is ``naive_transformed``.
+
+    Returns: (L, K), fp32 (fp64 for fp64); (K), whole numbers.
+    Cost: about ``5/2 K log2(K)`` FLOPs a row, where a product takes ``2 K^2``; allocates two
+    matrices.
+    """
+    size = x_LK.shape[1]
+    wide = _wide(x_LK.dtype)
+    turns, places_K = _tables(size, x_LK.device, wide)
+    half = len(turns)
+    rows = x_LK.to(wide).contiguous()  # of a wide matrix: items of a column are far apart
+    items = rows.new_empty(len(rows), half, 2)  # two copies: a gather by pairs takes three times it
+    items[:, :, 0] = rows[:, :half]
+    items[:, 0, 1] = 0  # not read, but multiplied
+    items[:, 1:, 1] = rows[:, size - half + 1 :].flip(1)
+    spectrum = torch.view_as_complex(items).mul_(turns)
+    return torch.fft.irfft(spectrum, n=size, dim=1), places_K
+
+
+def naive_transformed(x_LK: Tensor) -> Tensor:
+    """``X Q``, by a product."""
+    return x_LK @ cosines(x_LK.shape[1], x_LK.device, x_LK.dtype).T
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of ``transformed``: turns of the pairs, places of the columns."""
+    half = torch.arange(size // 2 + 1)
+    lengths = torch.full((len(half),), math.sqrt(size / 2), dtype=torch.float64)
+    lengths[0] *= math.sqrt(2)
+    turns = torch.polar(lengths, half.double() * (-math.pi / 2 / size))
+    order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2).flip(0)])
+    places_K = -order.argsort() % size  # conjugates: the row backwards
+    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return turns.to(device, complex_dtype), places_K.to(device)
+
+
+def _magnitudes(s_LK: Tensor) -> Tensor:
+    """Sums of magnitudes down the columns; each item is read once."""
+    if s_LK.is_cuda:
+        return s_LK.abs().sum(0)
+    total = s_LK.new_zeros(min(ROWS, len(s_LK)), s_LK.shape[1])
+    for rows in s_LK.split(ROWS):
+        total[: len(rows)].add_(rows.abs())
+    return total.sum(0)
+
+
 def followed(m: Tensor, former: Tensor, chosen: Tensor, size: int, side: int) -> Tensor:
     """A moment whose columns (``side`` 1) or rows are those of ``chosen``: what they were where
     ``former`` has them too, else 0."""
-    shape = list(m.shape)
-    shape[side] = size
-    return m.new_zeros(shape).index_copy_(side, former, m).index_select(side, chosen)
+    places = former.new_full((size,), -1)
+    places[former] = torch.arange(len(former), device=former.device)
+    places = places[chosen]
+    is_new = (places < 0).view((1, -1) if side else (-1, 1))
+    return m.index_select(side, places.clamp_(min=0)).masked_fill_(is_new, 0)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from crnet.errors import ConfigError
 from crnet.optimizers import Settings, param_groups
+from crnet.optimizers._norms import root_mean_square, squares_over
 from crnet.optimizers._projection import gaussian, is_right, project, project_back, seed_of
-from crnet.optimizers._torch import Optimizer, loss_of
+from crnet.optimizers._torch import OneByOne
 from crnet.specs import TensorSpec
 
 TINY = 1e-30
@@ -20,7 +21,7 @@ LEAST_SCALE = 1e-3
 """Of a weight, for a rate that is relative to it."""
 
 
-class CompressedAdafactor(Optimizer):
+class CompressedAdafactor(OneByOne):
     """State of a tensor: ``step``, a whole number; ``exp_avg`` in its dtype, of the projection
     where it is compressed; ``row`` (M) and ``column`` (N) of a matrix, else ``exp_avg_sq``, in
     fp32, for in bf16 a decay near 1 is none; ``projection`` where it is kept.
@@ -48,25 +49,16 @@ class CompressedAdafactor(Optimizer):
         self.options, self.settings = options, settings
         super().__init__(groups, {})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of every tensor that has a gradient."""
-        loss = loss_of(closure)
-        for group in self.param_groups:
-            for name, parameter in zip(group["names"], group["params"], strict=True):
-                if parameter.grad is not None:
-                    self._step_one(name, parameter, group)
-        return loss
-
-    def _step_one(self, name: str, parameter: Tensor, group: Mapping[str, Any]) -> None:
-        state, gradient = self.state[parameter], parameter.grad
+    def _step_one(
+        self, name: str, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]
+    ) -> None:
+        gradient = parameter.grad
         assert gradient is not None
-        state["step"] = state.get("step", 0) + 1
         q = _direction(gradient, state)
         d = self._compressed(name, q, state) if group["compresses"] else self._whole(q, state)
-        share = 1 / _root_mean_square(d).clamp_(min=1)
+        share = 1 / root_mean_square(d).clamp_(min=1)
         if self.options.scale_parameter:
-            share *= _root_mean_square(parameter).clamp_(min=LEAST_SCALE)
+            share *= root_mean_square(parameter).clamp_(min=LEAST_SCALE)
         if lost := group["lr"] * group["weight_decay"]:
             parameter.mul_(1 - lost)
         parameter.addcmul_(d, share.to(d.dtype), value=-group["lr"])
@@ -84,17 +76,17 @@ class CompressedAdafactor(Optimizer):
         p_RN = state.get("projection")
         if p_RN is None:
             p_RN = self._projection(name, q_MN, idx // every, state)
+        r = project(q_MN, p_RN)
         if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(project(q_MN, p_RN))
-        left, right = state["exp_avg"], p_RN
-        if not is_right(shape):
-            left, right = p_RN.T, state["exp_avg"]
-        d_MN = torch.addmm(q_MN, left, right, beta=1 - beta1, alpha=beta1)
+            state["exp_avg"] = torch.zeros_like(r)
+        former = state["exp_avg"]
         if state["step"] % every == 0:
-            former, p_RN = p_RN, self._projection(name, q_MN, state["step"] // every, state)
-            back = project_back(state["exp_avg"], former, shape)
-            state["exp_avg"] = project(back, p_RN)
-        state["exp_avg"].lerp_(project(q_MN, p_RN), 1 - beta1)
+            new_RN = self._projection(name, q_MN, state["step"] // every, state)
+            state["exp_avg"] = project(project_back(former, p_RN, shape), new_RN)
+            r = project(q_MN, new_RN)
+        left, right = (former, p_RN) if is_right(shape) else (p_RN.T, former)
+        d_MN = q_MN.addmm_(left, right, beta=1 - beta1, alpha=beta1)  # q is this step's own
+        state["exp_avg"].lerp_(r, 1 - beta1)
         return d_MN
 
     def _projection(self, name: str, q_MN: Tensor, idx: int, state: dict[str, Any]) -> Tensor:
@@ -113,15 +105,9 @@ def _direction(gradient: Tensor, state: dict[str, Any]) -> Tensor:
         state["exp_avg_sq"] = state.get("exp_avg_sq", second).lerp(second, weight)
         return gradient * state["exp_avg_sq"].rsqrt().to(gradient.dtype)
     for side, key in enumerate(("row", "column")):
-        norms = torch.linalg.vector_norm(gradient, dim=1 - side, dtype=wide)
-        mean = norms.square_().div_(gradient.shape[1 - side]).add_(TINY)
+        squares = squares_over(gradient, 1 - side).view(-1)
+        mean = squares.div_(gradient.shape[1 - side]).add_(TINY)
         state[key] = state.get(key, mean).lerp(mean, weight)
     row, column = state["row"], state["column"]
     of_rows = (row / row.mean()).rsqrt_().to(gradient.dtype)
     return (gradient * of_rows[:, None]).mul_(column.rsqrt().to(gradient.dtype))
-
-
-def _root_mean_square(x: Tensor) -> Tensor:
-    """0-d; fp32, fp64 for fp64."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dtype=wide) / x.numel() ** 0.5

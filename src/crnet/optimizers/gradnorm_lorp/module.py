@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crnet.errors import ConfigError
-from crnet.optimizers._projection import norm_of
+from crnet.optimizers._norms import norm_of
 from crnet.optimizers._subspace.module import SubspaceAdam, add_back
 from crnet.optimizers._torch import adam_
 
@@ -21,7 +21,7 @@ class NormalisedAdam(SubspaceAdam):
 
     Raises:
         ConfigError: at the first step, a row of a dense matrix is zero.
-    Cost of a step beside GaLore's: about six passes over the matrix and a copy of it.
+    Cost of a step beside GaLore's: about six passes over the matrix, and a copy of the gradient.
     """
 
     def _step_matrix(
@@ -51,11 +51,11 @@ class NormalisedAdam(SubspaceAdam):
         )
         if rate == 0:
             return
-        v_MN = parameter * ratio_M1.to(g_MN.dtype)
-        add_back(v_MN, negative_u, p_RN, 1.0, rate * self.options.scale)
-        norm_M1 = norm_of(v_MN, 1)
+        parameter.mul_(ratio_M1.to(g_MN.dtype))  # v, for a moment
+        add_back(parameter, negative_u, p_RN, 1.0, rate * self.options.scale)
+        norm_M1 = norm_of(parameter, 1)
         kept = 1 - group["lr"] * group["weight_decay"]
-        torch.mul(v_MN, (length_M1 / norm_M1 * kept).to(g_MN.dtype), out=parameter)
+        parameter.mul_((length_M1 / norm_M1 * kept).to(g_MN.dtype))
         state["norm"] = norm_M1[:, 0].clone()
 
 

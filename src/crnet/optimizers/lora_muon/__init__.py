@@ -28,46 +28,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from crnet.optimizers import OptimizerMethod
-from crnet.specs import TensorSpec
+from crnet.optimizers._paired import PairedMethod, PairedOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraMuonOptions:
+class LoraMuonOptions(PairedOptions):
     """LoRA-Muon."""
 
-    momentum: float = 0.95
-    """Decay of the momentum."""
-    adam_lr_factor: float = 1.0
-    """Rate of what AdamW trains over the base rate: a step here has a singular value of the rate,
-    and AdamW's has items of it."""
 
-
-class LoraMuon(OptimizerMethod):
+class LoraMuon(PairedMethod):
     name = "lora-muon"
     summary = "Muon's step of a product of factors, whichever factors it has"
     Options = LoraMuonOptions
     examples = (LoraMuonOptions(momentum=0.5, adam_lr_factor=0.5),)
-    steps_pairs = True
-    tried_lr = 0.4
-
-    def problems(self, options: LoraMuonOptions) -> list[str]:
-        flag, found = "--optimizer.lora-muon", []
-        if not 0 <= options.momentum < 1:
-            found.append(f"{flag}.momentum is {options.momentum}; it must lie in [0, 1)")
-        if not options.adam_lr_factor > 0:
-            found.append(
-                f"{flag}.adam-lr-factor is {options.adam_lr_factor}; it must be above zero"
-            )
-        return found
-
-    def state_bytes(self, spec: TensorSpec, options: LoraMuonOptions, item_bytes: int) -> int:
-        if spec.partner is None:
-            return 2 * spec.num_items * item_bytes + 4  # AdamW's two moments and step counter
-        return spec.num_items * item_bytes
-
-    def whole(self, spec: TensorSpec, options: LoraMuonOptions) -> bool:
-        return spec.partner is not None
 
     def build(self, parameters, options: LoraMuonOptions, settings) -> Any:
         from crnet.optimizers.lora_muon.module import LoraMuonAndAdamW

@@ -11,7 +11,7 @@ from torch import Tensor
 from crnet.optimizers import Settings
 from crnet.optimizers._beside import Parameters
 from crnet.optimizers._newton_schulz import through_gram
-from crnet.optimizers._paired import Factor, PairsBesideAdamW, add_product
+from crnet.optimizers._paired.module import Factor, PairsBesideAdamW, add_product
 
 
 class LoraMuonAndAdamW(PairsBesideAdamW):

@@ -12,7 +12,8 @@ Adam's directions. Afterwards all moments of all tensors are 0 and their counts 
 no pair takes Adam's steps.
 
 Adam is that of the GaLore family: ``u = M / (sqrt(S) + eps)``, the bias corrected by the rate. The
-published schedule, whose restarts go with the exact steps, is ``--optimizer.schedule loro-cosine``.
+published schedule, whose restarts go with the exact steps, is ``--optimizer.schedule loro-cosine``:
+``exact-every`` is its ``restart-every`` or a multiple of it.
 
 Source: Mo et al. 2025, LORO, official code at 4da57b6. Published: lr 0.01 (1B: 0.005), exact-every
 500 (1B: 200), no decay, no clipping.
@@ -52,6 +53,9 @@ class LoroAdam(OptimizerMethod):
             flag = "--optimizer.loro-adam.exact-every"
             return [f"{flag} is {options.exact_every}; take 1 or more"]
         return []
+
+    def restarts_every(self, options: LoroAdamOptions) -> int:
+        return options.exact_every
 
     def state_bytes(self, spec: TensorSpec, options: LoroAdamOptions, item_bytes: int) -> int:
         return 2 * spec.num_items * item_bytes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crnet.optimizers import Settings, param_groups
-from crnet.optimizers._paired import have_gradients
+from crnet.optimizers._paired.module import have_gradients
 from crnet.optimizers._sharing import pairs
 from crnet.optimizers._torch import Optimizer, adam_, loss_of
 from crnet.specs import TensorSpec

@@ -16,9 +16,9 @@ from crnet.optimizers._beside import (
     decay,
     output_dim,
     split,
-    squares_over,
 )
 from crnet.optimizers._newton_schulz import orthogonalised
+from crnet.optimizers._norms import squares_over
 
 TINY = 1e-8
 

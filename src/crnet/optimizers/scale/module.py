@@ -16,8 +16,8 @@ from crnet.optimizers._beside import (
     decay,
     output_dim,
     split,
-    squares_over,
 )
+from crnet.optimizers._norms import squares_over
 
 TINY = 1e-8
 """The least norm that a column is divided by; the released code's."""

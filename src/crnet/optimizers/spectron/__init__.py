@@ -21,47 +21,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from crnet.optimizers import OptimizerMethod
+from crnet.optimizers._paired import PairedMethod, PairedOptions
 from crnet.specs import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectronOptions:
+class SpectronOptions(PairedOptions):
     """Spectron."""
 
-    momentum: float = 0.95
-    """Decay of the momentum."""
-    adam_lr_factor: float = 1.0
-    """Rate of what AdamW trains over the base rate: a step here has a singular value of the rate,
-    and AdamW's has items of it."""
 
-
-class Spectron(OptimizerMethod):
+class Spectron(PairedMethod):
     name = "spectron"
     summary = "orthogonalised steps of both factors, over the norms of the factors"
     Options = SpectronOptions
     examples = (SpectronOptions(momentum=0.5, adam_lr_factor=0.5),)
-    steps_pairs = True
-    tried_lr = 0.4
-
-    def problems(self, options: SpectronOptions) -> list[str]:
-        flag, found = "--optimizer.spectron", []
-        if not 0 <= options.momentum < 1:
-            found.append(f"{flag}.momentum is {options.momentum}; it must lie in [0, 1)")
-        if not options.adam_lr_factor > 0:
-            found.append(
-                f"{flag}.adam-lr-factor is {options.adam_lr_factor}; it must be above zero"
-            )
-        return found
 
     def state_bytes(self, spec: TensorSpec, options: SpectronOptions, item_bytes: int) -> int:
-        if spec.partner is None:
-            return 2 * spec.num_items * item_bytes + 4  # AdamW's two moments and step counter
-        rank = spec.shape[1 if spec.role == "factor_in" else 0]
-        return spec.num_items * item_bytes + rank * max(4, item_bytes)
-
-    def whole(self, spec: TensorSpec, options: SpectronOptions) -> bool:
-        return spec.partner is not None
+        vector = 0
+        if spec.partner is not None:
+            vector = spec.shape[1 if spec.role == "factor_in" else 0] * max(4, item_bytes)
+        return super().state_bytes(spec, options, item_bytes) + vector
 
     def build(self, parameters, options: SpectronOptions, settings) -> Any:
         from crnet.optimizers.spectron.module import SpectronAndAdamW

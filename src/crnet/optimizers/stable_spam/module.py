@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crnet.optimizers import Settings, param_groups
-from crnet.optimizers._torch import AdamW, loss_of
+from crnet.optimizers._torch import AdamW, adam_, loss_of
 from crnet.specs import TensorSpec
 
 
@@ -34,26 +34,34 @@ class SpikeAwareAdamW(AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of every tensor that has a gradient."""
         loss = loss_of(closure)
-        given = {
-            parameter: parameter.grad
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        }
-        due = [parameter for parameter in given if self._begin(parameter)]
-        for parameter, gradient in given.items():
-            parameter.grad = self._without_spikes(gradient, self.state[parameter])
-        if not self.options.released:
-            self._restart(due, 0)
-            super().step()
-        else:
-            for parameter in due:  # the count restarts, the moments do not yet
-                self.state[parameter]["step"].zero_()
-            super().step()
-            self._restart(due, 1)
-        for parameter, gradient in given.items():
-            parameter.grad = gradient
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, parameter.grad, group)
         return loss
+
+    def _step_one(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        """Its gradient without spikes is there for this moment alone."""
+        is_due, state = self._begin(parameter), self.state[parameter]
+        changed = self._without_spikes(gradient, state)
+        if is_due and self.options.released:
+            state["step"].zero_()  # the count restarts, the moments do not yet
+        elif is_due:
+            self._restart(state, 0)
+        state["step"] += 1
+        adam_(
+            parameter,
+            changed,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            rate=group["lr"],
+            lost=group["lr"] * group["weight_decay"],
+            betas=group["betas"],
+            eps=group["eps"],
+            step=state["step"],
+        )
+        if is_due and self.options.released:
+            self._restart(state, 1)
 
     def _begin(self, parameter: Tensor) -> bool:
         """Count one more step of a tensor; whether its moments are due to restart."""
@@ -86,14 +94,12 @@ class SpikeAwareAdamW(AdamW):
         factor = torch.where(norm > 0, wanted / norm, 1.0)
         return gradient * factor.to(gradient.dtype)
 
-    def _restart(self, due: list[Tensor], count: int) -> None:
-        for parameter in due:
-            state = self.state[parameter]
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name].zero_()
-            state["step"].fill_(count)
-            if self.options.released:
-                state["since"] = count
+    def _restart(self, state: dict[str, Any], count: int) -> None:
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name].zero_()
+        state["step"].fill_(count)
+        if self.options.released:
+            state["since"] = count
 
 
 def _average(state: Tensor, value: Tensor, decay: float, count: int) -> Tensor:
