@@ -44,6 +44,9 @@ def attended(length: int, window: int | None) -> int:
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
-def step_memory(work: Workload) -> int:
-    """Weights, gradients, optimizer state, and the most that activations take beside them."""
-    return sum(work.state_bytes.values()) + peak_bytes(work.micro_batch, work.plan)
+def step_memory(work: Workload, plan: RecomputePlan | None = None) -> int:
+    """Weights, gradients, optimizer state, and the most that activations take beside them.
+
+    ``plan``: None: the run's own.
+    """
+    return sum(work.state_bytes.values()) + peak_bytes(work.micro_batch, plan or work.plan)

@@ -106,6 +106,7 @@ def checks(method: Any) -> tuple[Check, ...]:
             check_groups,
             check_state_bytes,
             check_resumes,
+            check_fused_backward,
         )
     return (
         check_configuration,
@@ -289,6 +290,26 @@ def _resume_problems(example: Example, update: Bf16Update | None) -> Iterator[st
     for name, parameter in model.named_parameters():
         if not torch.equal(parameter, other.get_parameter(name)):
             yield f"{name} differs after a resume"
+
+
+def check_fused_backward(example: Example) -> Iterator[str]:
+    """A step for each gradient as it comes is the step of all of them, to the bit."""
+    for update in UPDATES:
+        runs = []
+        for is_fused in (False, True):
+            model = example.build(dtype=_dtype(update))
+            optimizer = example.build_optimizer(model, update)
+            losses = train(example, model, optimizer, 5, is_fused=is_fused)
+            runs.append((model, optimizer.state_dict(), losses))
+        (model, state, losses), (other, other_state, other_losses) = runs
+        if losses != other_losses:
+            yield f"{_words(update)}: the losses differ"
+        for name, parameter in model.named_parameters():
+            if not torch.equal(parameter, other.get_parameter(name)):
+                yield f"{_words(update)}: {name} differs"
+        pairs = zip(_tensors(state), _tensors(other_state), strict=True)
+        if not all(torch.equal(one, another) for one, another in pairs):
+            yield f"{_words(update)}: the states differ"
 
 
 @torch.no_grad()
