@@ -23,7 +23,7 @@ from crnet.cost.parameters import num_parameters
 from crnet.cost.peak import peak_bytes
 from crnet.cost.plan_choice import policies, usual_plan
 from crnet.cost.stage_clock import step_seconds
-from crnet.cost.step import step_flops, step_memory
+from crnet.cost.step import memory_in_turn, step_flops, step_memory
 from crnet.cost.workload import Workload, workload
 from crnet.errors import ConfigError
 from crnet.recompute.plan import Policy, RecomputePlan
@@ -92,14 +92,15 @@ def cost_rows(work: Workload, on: Device | None = None, ranks: int = 1) -> list[
 
 
 def _gradients(work: Workload) -> dict[str, int]:
-    """What updating inside the backward pass saves."""
-    fused, ordinary = work.with_fused(True), work.with_fused(False)
+    """What updating inside the backward pass saves. At the peak that is less than of gradients,
+    which come as activations go."""
+    memory = step_memory if work.num_micro_batches > 1 else memory_in_turn
     return {
         "all, ordinary": work.gradient_bytes,
         "at once, fused": work.gradients_at_once,
         "saved": work.gradient_bytes - work.gradients_at_once,
-        "memory at the peak, ordinary": step_memory(ordinary),
-        "memory at the peak, fused": step_memory(fused),
+        "memory at the peak, ordinary": memory(work.with_fused(False)),
+        "memory at the peak, fused": memory(work.with_fused(True)),
     }
 
 
@@ -185,8 +186,8 @@ def titles(work: Workload, on: Device | None = None, ranks: int = 1) -> dict[Sec
 
 def _fused(work: Workload) -> str:
     """Whether the update is fused with the backward pass, and where that is in vain."""
-    number, said = work.num_micro_batches, str(work.optimizer.fused_backward).lower()
-    return said if number == 1 else f"{said}, in vain: {number} micro-batches add up"
+    number, value = work.num_micro_batches, str(work.optimizer.fused_backward).lower()
+    return value if number == 1 else f"{value}, in vain: {number} micro-batches add up"
 
 
 def _guarded(work: Workload) -> str:

@@ -90,7 +90,11 @@ class Workload:
     @cached_property
     def gradient_bytes(self) -> int:
         """Bytes of all gradients."""
-        return gradient_bytes(self.spec.tensors.values(), self.update, self.num_micro_batches)
+        return self.bytes_of_gradients(self.spec.tensors.values())
+
+    def bytes_of_gradients(self, tensors: Iterable[TensorSpec]) -> int:
+        """Bytes of the gradients of those that are trained."""
+        return gradient_bytes(tensors, self.update, self.num_micro_batches)
 
     @cached_property
     def gradients_at_once(self) -> int:
@@ -103,7 +107,7 @@ class Workload:
         method, composed = optimizers.get(self.optimizer.name), self.optimizer.decay == "composed"
 
         def size(of: Iterable[str]) -> int:
-            return gradient_bytes([trained[name] for name in of], self.update, 1)
+            return self.bytes_of_gradients([trained[name] for name in of])
 
         waiting = size(name for name, each in trained.items() if fused_backward.waits(each))
         units = fused_backward.updated_at_once(method, trained, composed)

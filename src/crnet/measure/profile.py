@@ -94,7 +94,7 @@ class Probe:
         kept = {name: self.kept(plan) for name, plan in known.items()}
         peaks = {name: self.peak(plan) for name, plan in known.items()}
         state = self.state()
-        gradients = self.gradients(state, peaks[self.work.plan.policy])
+        gradients = self.gradients(state)
         seconds = self.seconds()  # last: steps move the betas that invert's guard looks at
         return [
             *make_rows("parameters", "count", self.parameters()),
@@ -153,24 +153,17 @@ class Probe:
         else:
             self.optimizer.step()
 
-    def gradients(self, state: Mapping[str, int], peak: int) -> dict[str, int]:
-        """What updating inside the backward pass saves: bytes of gradients by hooks, memory as
-        ``peak``. ``state``, ``peak``: measured, under the run's plan."""
+    def gradients(self, state: Mapping[str, int]) -> dict[str, int]:
+        """What updating inside the backward pass saves, under the run's plan: bytes of gradients by
+        hooks, memory by a trace of the step's last micro-batch. ``state``: measured."""
         self.model.recompute(self.work.plan)
         self.optimizer.zero_grad(set_to_none=True)
         self.forward().backward()
         everything = self.gradient_bytes()
         rest = state["weights"] + state["optimizer state"]
-        if self.work.num_micro_batches == 1:
-            self.optimizer.zero_grad(set_to_none=True)
-        there = self.gradient_bytes()  # of the micro-batches before
-
-        def run() -> None:
-            with self.model.fixed_weights():
-                self.step(1, True)
-
+        ordinary = rest + self._step_bytes(False)
         with self.held.counting():
-            fused = peak_bytes(run, self.device) + _bytes(self.tokens)
+            fused = rest + self._step_bytes(True)
         at_once = self.held.most + sum(
             _bytes(tensor.grad) for spec, tensor in self.model.trained().values() if waits(spec)
         )
@@ -178,9 +171,21 @@ class Probe:
             "all, ordinary": everything,
             "at once, fused": at_once,
             "saved": everything - at_once,
-            "memory at the peak, ordinary": rest + everything + peak,
-            "memory at the peak, fused": rest + there + fused,
+            "memory at the peak, ordinary": ordinary,
+            "memory at the peak, fused": fused,
         }
+
+    def _step_bytes(self, is_fused: bool) -> int:
+        """Of gradients and activations at the fullest moment of a step's last micro-batch."""
+        if self.work.num_micro_batches == 1:
+            self.optimizer.zero_grad(set_to_none=True)
+        there = self.gradient_bytes()  # of the micro-batches before
+
+        def run() -> None:
+            with self.model.fixed_weights():
+                self.step(1, is_fused)
+
+        return there + peak_bytes(run, self.device) + _bytes(self.tokens)
 
     def kept(self, plan: RecomputePlan) -> int:
         self.model.recompute(plan)

@@ -87,15 +87,14 @@ class Engine:
         fixed = contextlib.nullcontext() if self.is_split else self.model.fixed_weights()
         with fixed:
             for idx, (tokens, targets) in enumerate(micro_batches):
-                last = idx == len(micro_batches) - 1
-                with self._reducing(last):
+                with self._reducing(idx == len(micro_batches) - 1):
                     with computing():
                         loss, _ = self._call(tokens, targets)
                     loss_sum += loss.detach()
-                    updating = (
-                        fused.updating(loss_sum) if fused and last else contextlib.nullcontext()
-                    )
-                    with updating:
+                    is_last = idx == len(micro_batches) - 1
+                    with (
+                        fused.updating(loss_sum) if fused and is_last else contextlib.nullcontext()
+                    ):
                         # By the whole step's tokens: micro-batches add up to the batch.
                         (loss / num_tokens).backward()
         self._sum_parts()

