@@ -307,8 +307,7 @@ def check_fused_backward(example: Example) -> Iterator[str]:
         for name, parameter in model.named_parameters():
             if not torch.equal(parameter, other.get_parameter(name)):
                 yield f"{_words(update)}: {name} differs"
-        pairs = zip(_tensors(state), _tensors(other_state), strict=True)
-        if not all(torch.equal(one, another) for one, another in pairs):
+        if not _is_same(state, other_state):
             yield f"{_words(update)}: the states differ"
 
 
@@ -354,6 +353,15 @@ def _dtype(update: Bf16Update | None) -> torch.dtype:
 
 def _words(update: Bf16Update | None) -> str:
     return f"bf16, {update}" if update else "fp32"
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether all inside nested dicts, lists and tuples is the same, in whatever order of keys."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
