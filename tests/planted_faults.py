@@ -1830,6 +1830,42 @@ FAULTS = [
         "not target.is_dir()",
         "test_checkpoint.py::test_what_is_there_is_not_overwritten",
     ),
+    # Updates inside the backward pass.
+    fault(
+        "every micro-batch updates",
+        "parallel/engine.py",
+        "if fused and is_last else",
+        "if fused else",
+        "test_fused_backward.py::test_micro_batches_add_up_before_the_update",
+    ),
+    fault(
+        "a factor is stepped before its partner's gradient is there",
+        "optimizers/_fused_backward/module.py",
+        "if not all(each in self._norms for each in unit.tensors):",
+        "if not any(each in self._norms for each in unit.tensors):",
+        "test_fused_backward.py::test_every_parameterization[cola]",
+    ),
+    fault(
+        "biases do not wait for the second run of their block",
+        "optimizers/_fused_backward/__init__.py",
+        "return spec.role in VECTORS",
+        'return spec.role in ("norm", "gain")',
+        "test_fused_backward.py::test_every_architecture_and_stream[replay-architecture]",
+    ),
+    fault(
+        "gradients stay after their update",
+        "optimizers/_fused_backward/module.py",
+        "            each.grad = None",
+        "            pass",
+        "test_fused_backward.py::test_gradients_alive_are_the_closed_form",
+    ),
+    fault(
+        "a gradient that is not finite is used",
+        "optimizers/_fused_backward/module.py",
+        "        if self._is_finite:\n",
+        "        if True:\n",
+        "test_fused_backward.py::test_from_a_gradient_that_is_not_finite_on_nothing_changes",
+    ),
 ]
 
 

@@ -332,7 +332,7 @@ def test_stable_spam_without_a_gradient():
 
 def test_stable_spam_waits_for_the_norms_of_a_step():
     """Its averages would count a step that torch's fused AdamW passes over."""
-    from crnet.train.step import passes_over
+    from crnet.optimizers._torch import passes_over
 
     assert passes_over(alone("adamw", (2, 2))[1])
     assert not passes_over(alone("stable-spam", (2, 2))[1])

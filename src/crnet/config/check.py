@@ -13,6 +13,7 @@ from crnet import architectures, linears, optimizers, schedules, streams
 from crnet.config.check_adapter import adapter_problems, unused_problems
 from crnet.config.check_changing import changing_problems
 from crnet.config.check_decay import decay_problems
+from crnet.config.check_fused import fused_problems, shared_problems
 from crnet.config.check_optimizer import optimizer_problems
 from crnet.config.check_pipeline import pipeline_problems
 from crnet.config.check_tensor import tensor_problems
@@ -64,6 +65,7 @@ def check(config: RunConfig) -> None:
             f"{train.precision}; say --train.precision bf16, or leave it out"
         )
     problems += unused_problems(train)
+    problems += fused_problems(config)
     try:
         trackers_of(train)
     except ValueError as error:
@@ -79,6 +81,7 @@ def parallel_problems(config: RunConfig) -> Iterator[str]:
     yield from pipeline_problems(config)
     yield from tensor_problems(config)
     yield from changing_problems(config)
+    yield from shared_problems(config)
     if config.parallel.checkpoint == "parts" and config.parallel.shard == 1:
         yield (
             "--parallel.checkpoint parts is for what --parallel.shard splits; leave it out, or say "

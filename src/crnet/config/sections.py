@@ -144,6 +144,10 @@ class BaseOptimizerConfig:
     """Share of the peak rate at which the schedule ends."""
     clip_norm: Free[float] = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
+    fused_backward: Free[bool] = False
+    """Update each parameter inside the backward pass, once its gradient is there, and free the
+    gradient: less memory, the same numbers (docs/performance.md). One process, clip_norm 0; where
+    micro-batches add up it saves nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

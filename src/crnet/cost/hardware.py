@@ -160,12 +160,12 @@ def communication_bytes(work: Workload, ranks: int) -> dict[str, float]:
     """
     if ranks < 2:
         return {}
-    micro_batch, states = work.micro_batch, work.state_bytes
+    micro_batch, gradients = work.micro_batch, work.gradient_bytes
     share, num_micro = (ranks - 1) / ranks, work.num_micro_batches
     gathered = num_micro * sum(gathered_bytes(work.spec.tensors, work.update).values())
     found = {
-        "data": 2 * share * states["gradients"],
-        "sharded": share * (gathered + num_micro * states["gradients"]),
+        "data": 2 * share * gradients,
+        "sharded": share * (gathered + num_micro * gradients),
     }
     if ranks <= work.spec.num_layers:
         stages = cut(work.spec, ranks, micro_batch.length)

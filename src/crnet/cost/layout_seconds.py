@@ -8,6 +8,7 @@ a block and a pipeline's transfers are waited for in both.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -187,6 +188,9 @@ def _optimizer_s(
 ) -> float:
     """Of the slowest process; an owned matrix crosses three times."""
     clock = clock_of(work.micro_batch, fleet.device)
-    found = max(optimizer_seconds(each.state.held, clock) for each in of_processes)
+    is_fused = work.optimizer.fused_backward  # then one process has all
+    held = [each.state.held for each in of_processes]
+    gradients = [work.gradient_bytes if is_fused else each["gradients"] for each in held]
+    found = max(map(optimizer_seconds, held, gradients, itertools.repeat(clock)))
     owned = max(each.state.owned for each in of_processes)
     return found + fleet.gather_s(3 * owned, parallel.shard, strides(parallel)["shard"])

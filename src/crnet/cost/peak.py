@@ -14,10 +14,16 @@ from crnet.kernels.loss_chunks import chunk_rows
 from crnet.recompute.plan import Added, RecomputePlan, segments
 
 
-def peak_bytes(micro_batch: MicroBatch, plan: RecomputePlan, added: Added | None = None) -> int:
+def peak_bytes(
+    micro_batch: MicroBatch,
+    plan: RecomputePlan,
+    added: Added | None = None,
+    coming: Sequence[int] = (),
+) -> int:
     """Most bytes of activations and their gradients alive at once in a micro-batch.
 
-    The head's weight gradient is counted, those of other parameters are not. Two moments can be the
+    The head's weight gradient is counted, those of other parameters are not, but for ``coming``:
+    bytes of those that have come, and stay, when each block goes backward. Two moments can be the
     fullest. In the loss everything kept is there, and a chunk's logits. And in the backward pass of
     a block: see ``gradients``.
 
@@ -25,6 +31,7 @@ def peak_bytes(micro_batch: MicroBatch, plan: RecomputePlan, added: Added | None
     """
     kept = kept_outputs(micro_batch, plan, added)
     total = sum(kept_bytes(micro_batch, plan, added).values())
+    coming = coming or [0] * len(micro_batch.blocks)
     # A tied head's gradient waits for the embedding's.
     shape = micro_batch.spec.shape
     tied = 4 * shape.vocab_size * shape.hidden_size if shape.tie_embeddings else 0
@@ -32,7 +39,7 @@ def peak_bytes(micro_batch: MicroBatch, plan: RecomputePlan, added: Added | None
         8 * micro_batch.rows
         + tied
         + max(
-            _alive(micro_batch, plan, kept, idx) + gradients(micro_batch, plan, block)
+            _alive(micro_batch, plan, kept, idx) + gradients(micro_batch, plan, block) + coming[idx]
             for idx, block in enumerate(micro_batch.blocks)
         )
     )

@@ -74,7 +74,7 @@ def step_seconds(work: Workload, plan: RecomputePlan, on: Device) -> dict[str, f
     for way in ways:
         both = _whole(clock, plan, way)
         terms = {term: work.num_micro_batches * getattr(both, term) for term in TERMS}
-        terms["optimizer"] = optimizer_seconds(work.state_bytes, clock)
+        terms["optimizer"] = optimizer_seconds(work.state_bytes, work.gradient_bytes, clock)
         total = sum(terms.values())
         if way == "eager":
             total = max(total, work.num_micro_batches * round(both.kernels) * on.issue_s)
@@ -82,10 +82,10 @@ def step_seconds(work: Workload, plan: RecomputePlan, on: Device) -> dict[str, f
     return found
 
 
-def optimizer_seconds(state_bytes: Mapping[str, int], clock: Clock) -> float:
-    """Weights and state read and written, gradients read; ``state_bytes`` as of a workload."""
+def optimizer_seconds(state_bytes: Mapping[str, int], gradient_bytes: int, clock: Clock) -> float:
+    """Weights and state read and written, gradients read; bytes as of a workload."""
     moved = 2 * (state_bytes["weights"] + state_bytes["optimizer state"])
-    return clock.of_bytes(moved + state_bytes["gradients"])
+    return clock.of_bytes(moved + gradient_bytes)
 
 
 def num_kernels(clock: Clock, plan: RecomputePlan) -> int:

@@ -23,7 +23,7 @@ from crnet.cost.parameters import num_parameters
 from crnet.cost.peak import peak_bytes
 from crnet.cost.plan_choice import policies, usual_plan
 from crnet.cost.stage_clock import step_seconds
-from crnet.cost.step import step_flops
+from crnet.cost.step import memory_in_turn, step_flops, step_memory
 from crnet.cost.workload import Workload, workload
 from crnet.errors import ConfigError
 from crnet.recompute.plan import Policy, RecomputePlan
@@ -31,6 +31,7 @@ from crnet.recompute.plan import Policy, RecomputePlan
 Section = Literal[
     "parameters",
     "state",
+    "gradients",
     "kept",
     "peak",
     "logits",
@@ -77,6 +78,7 @@ def cost_rows(work: Workload, on: Device | None = None, ranks: int = 1) -> list[
     rows = [
         *make_rows("parameters", "count", num_parameters(work.spec)),
         *make_rows("state", "bytes", states | {"total": total}),
+        *make_rows("gradients", "bytes", _gradients(work)),
         *make_rows("kept", "bytes", kept),
         *make_rows("peak", "bytes", peaks),
         *make_rows("logits", "bytes", {"all rows at once, never held": logits}),
@@ -89,12 +91,25 @@ def cost_rows(work: Workload, on: Device | None = None, ranks: int = 1) -> list[
     return rows + _rows_at_end(work)
 
 
+def _gradients(work: Workload) -> dict[str, int]:
+    """What updating inside the backward pass saves. At the peak that is less than of gradients,
+    which come as activations go."""
+    memory = step_memory if work.num_micro_batches > 1 else memory_in_turn
+    return {
+        "all, ordinary": work.gradient_bytes,
+        "at once, fused": work.gradients_at_once,
+        "saved": work.gradient_bytes - work.gradients_at_once,
+        "memory at the peak, ordinary": memory(work.with_fused(False)),
+        "memory at the peak, fused": memory(work.with_fused(True)),
+    }
+
+
 def _rows_at_end(work: Workload) -> list[CostRow]:
     """What becomes less, where tensors leave the model in mid-run."""
     end = work.at_end()
     if end is None:
         return []
-    memory = sum(end.state_bytes.values()) + peak_bytes(end.micro_batch, end.plan)
+    memory = step_memory(end)
     return [
         CostRow("at the end", "parameters", num_parameters(end.spec)["total"], "count"),
         *make_rows("at the end", "bytes", end.state_bytes | {"memory at the peak": memory}),
@@ -141,6 +156,7 @@ def titles(work: Workload, on: Device | None = None, ranks: int = 1) -> dict[Sec
     found: dict[Section, str] = {
         "parameters": "parameters",
         "state": f"state, GiB; {micro_batch.precision}",
+        "gradients": f"gradients, GiB; --optimizer.fused-backward {_fused(work)}{without}",
         "kept": f"activations kept{packed}, GiB; micro-batch "
         f"{micro_batch.sequences} x {micro_batch.length}{_guarded(work)}{without}",
         "peak": f"activations at the peak, GiB{without}",
@@ -166,6 +182,12 @@ def titles(work: Workload, on: Device | None = None, ranks: int = 1) -> dict[Sec
             f"(bytes in GiB; recompute {policy})"
         )
     return found
+
+
+def _fused(work: Workload) -> str:
+    """Whether the update is fused with the backward pass, and where that is in vain."""
+    number, value = work.num_micro_batches, str(work.optimizer.fused_backward).lower()
+    return value if number == 1 else f"{value}, in vain: {number} micro-batches add up"
 
 
 def _guarded(work: Workload) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +28,7 @@ from crnet.config.sections import (
 from crnet.cost.micro_batch import MicroBatch
 from crnet.cost.plan_choice import plan_of
 from crnet.errors import ConfigError
+from crnet.optimizers import _fused_backward as fused_backward
 from crnet.optimizers import _low_precision as low_precision
 from crnet.optimizers._low_precision import Bf16Update
 from crnet.recompute.plan import RecomputePlan
@@ -77,10 +78,45 @@ class Workload:
 
     @cached_property
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of ``weights``, ``gradients`` and ``optimizer state`` between two steps."""
+        """Bytes of ``weights``, ``gradients`` and ``optimizer state`` beside a backward pass.
+
+        Where the update is fused with it, ``gradients`` are those that wait for its end; the others
+        live for a moment and are in its peak.
+        """
         return state_bytes(
             self.spec.tensors.values(), self.optimizer, self.update, self.num_micro_batches
         )
+
+    @cached_property
+    def gradient_bytes(self) -> int:
+        """Bytes of all gradients."""
+        return self.bytes_of_gradients(self.spec.tensors.values())
+
+    def bytes_of_gradients(self, tensors: Iterable[TensorSpec]) -> int:
+        """Bytes of the gradients of those that are trained."""
+        return gradient_bytes(tensors, self.update, self.num_micro_batches)
+
+    @cached_property
+    def gradients_at_once(self) -> int:
+        """Most bytes of gradients that are there at once where the update is fused with the
+        backward pass: those that wait for its end, and the largest that is, or are, updated at
+        once. All, where micro-batches add up."""
+        trained = {name: each for name, each in self.spec.tensors.items() if each.trained}
+        if self.num_micro_batches > 1:
+            return self.gradient_bytes
+        method, composed = optimizers.get(self.optimizer.name), self.optimizer.decay == "composed"
+
+        def size(of: Iterable[str]) -> int:
+            return self.bytes_of_gradients([trained[name] for name in of])
+
+        waiting = size(name for name, each in trained.items() if fused_backward.waits(each))
+        units = fused_backward.updated_at_once(method, trained, composed)
+        return waiting + max(map(size, units), default=0)
+
+    def with_fused(self, is_fused: bool) -> Workload:
+        """The same run whose update is fused with the backward pass, or is not."""
+        optimizer = dataclasses.replace(self.optimizer, fused_backward=is_fused)
+        return dataclasses.replace(self, optimizer=optimizer)
 
 
 def state_bytes(
@@ -89,7 +125,8 @@ def state_bytes(
     update: Bf16Update | None,
     num_micro_batches: int,
 ) -> dict[str, int]:
-    """Bytes of ``weights``, ``gradients`` and ``optimizer state`` of these tensors.
+    """Bytes of ``weights``, ``gradients`` and ``optimizer state`` of these tensors, as of
+    ``Workload.state_bytes``.
 
     ``optimizer state`` holds the fp32 masters of bf16 weights. ``update`` is None where the weights
     are fp32.
@@ -99,17 +136,29 @@ def state_bytes(
     weight_bytes = 4 if update is None else 2
     sizes = [(tensor, tensor.item_bytes(weight_bytes)) for tensor in tensors]
     trained = [(tensor, size) for tensor, size in sizes if tensor.trained]
-    gradient = low_precision.gradient_item_bytes
+    stay = tensors
+    if optimizer.fused_backward and num_micro_batches == 1:
+        stay = [tensor for tensor in tensors if fused_backward.waits(tensor)]
     return {
         "weights": sum(tensor.num_items * size for tensor, size in sizes),
-        "gradients": sum(
-            tensor.num_items * gradient(size, update, num_micro_batches) for tensor, size in trained
-        ),
+        "gradients": gradient_bytes(stay, update, num_micro_batches),
         "optimizer state": sum(
             low_precision.state_bytes(method, tensor, options, size, update)
             for tensor, size in trained
         ),
     }
+
+
+def gradient_bytes(
+    tensors: Iterable[TensorSpec], update: Bf16Update | None, num_micro_batches: int
+) -> int:
+    """Bytes of the gradients of those that are trained. Arguments: as of ``state_bytes``."""
+    weight_bytes, of_item = 4 if update is None else 2, low_precision.gradient_item_bytes
+    return sum(
+        each.num_items * of_item(each.item_bytes(weight_bytes), update, num_micro_batches)
+        for each in tensors
+        if each.trained
+    )
 
 
 def resolved(config: RunConfig) -> RunConfig:

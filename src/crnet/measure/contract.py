@@ -106,6 +106,7 @@ def checks(method: Any) -> tuple[Check, ...]:
             check_groups,
             check_state_bytes,
             check_resumes,
+            check_fused_backward,
         )
     return (
         check_configuration,
@@ -291,6 +292,25 @@ def _resume_problems(example: Example, update: Bf16Update | None) -> Iterator[st
             yield f"{name} differs after a resume"
 
 
+def check_fused_backward(example: Example) -> Iterator[str]:
+    """A step for each gradient as it comes is the step of all of them, to the bit."""
+    for update in UPDATES:
+        runs = []
+        for is_fused in (False, True):
+            model = example.build(dtype=_dtype(update))
+            optimizer = example.build_optimizer(model, update)
+            losses = train(example, model, optimizer, 5, is_fused=is_fused)
+            runs.append((model, optimizer.state_dict(), losses))
+        (model, state, losses), (other, other_state, other_losses) = runs
+        if losses != other_losses:
+            yield f"{_words(update)}: the losses differ"
+        for name, parameter in model.named_parameters():
+            if not torch.equal(parameter, other.get_parameter(name)):
+                yield f"{_words(update)}: {name} differs"
+        if not _is_same(state, other_state):
+            yield f"{_words(update)}: the states differ"
+
+
 @torch.no_grad()
 def check_decoding(example: Example) -> Iterator[str]:
     """Token by token with a cache gives the logits of the whole row (fp64, within 1e-9)."""
@@ -333,6 +353,15 @@ def _dtype(update: Bf16Update | None) -> torch.dtype:
 
 def _words(update: Bf16Update | None) -> str:
     return f"bf16, {update}" if update else "fp32"
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether all inside nested dicts, lists and tuples is the same, in whatever order of keys."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

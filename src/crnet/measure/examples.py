@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from crnet.model.events import run_events
 from crnet.model.language_model import LanguageModel
 from crnet.optimizers import OptimizerMethod, Settings, take_over
 from crnet.optimizers import _low_precision as low_precision
+from crnet.optimizers._fused_backward.module import FusedBackward
 from crnet.optimizers._low_precision import Bf16Update
 from crnet.schedules import Schedule, Steps
 from crnet.streams import Stream
@@ -52,6 +54,10 @@ class Example:
     def settings(self) -> Settings:
         return settings_of(self.optimizer, seed=0, num_steps=SCHEDULED_STEPS)
 
+    @property
+    def optimizer_method(self) -> OptimizerMethod:
+        return optimizers.get(self.optimizer.name)
+
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:
         return build(self.spec, seed, dtype=dtype)
 
@@ -59,7 +65,7 @@ class Example:
         self, model: LanguageModel, update: Bf16Update | None = None
     ) -> torch.optim.Optimizer:
         """``update``: of a bf16 model; None: the method's own work on it."""
-        method = optimizers.get(self.optimizer.name)
+        method = self.optimizer_method
         options = options_of(self.optimizer, method.name)
         return low_precision.build(method, model.trained(), options, self.settings, update)
 
@@ -123,9 +129,12 @@ def train(
     optimizer: torch.optim.Optimizer,
     steps: int,
     start: int = 0,
+    *,
+    is_fused: bool = False,
 ) -> list[float]:
     """Mean loss before each step, events and schedule as in training.
 
+    ``is_fused``: updates are taken inside the backward pass; of a model that keeps its tensors.
     Where tensors leave the model, ``optimizer`` is the one of before, and not to be used again.
     """
     schedule = schedules.get(example.optimizer.schedule)
@@ -133,17 +142,26 @@ def train(
     losses = []
     spec = example.spec
     model.become(spec.at(start, SCHEDULED_STEPS))
+    fused = (
+        FusedBackward(example.optimizer_method, optimizer, model.trained()) if is_fused else None
+    )
     for step in range(start + 1, start + steps + 1):
         optimizer.zero_grad()
-        total, count = model(*batch())
-        (total / count).backward()
         factor = schedule.factor(step, options, Steps(SCHEDULED_STEPS, 0.1, 0.1))
         for group in optimizer.param_groups:
             group["lr"] = example.optimizer.lr * group["lr_factor"] * factor
-        optimizer.step()
+        total, count = model(*batch())
+        with fused.updating(total.detach()) if fused else contextlib.nullcontext():
+            (total / count).backward()
+        if fused:
+            fused.finish()
+        else:
+            optimizer.step()
         run_events(model, optimizer, step, seed=0)
         if model.become(spec.at(step, SCHEDULED_STEPS)):
             former, optimizer = optimizer, example.build_optimizer(model)
             take_over(optimizer, former)
         losses.append(float(total.detach() / count))
+    if fused:
+        fused.remove()
     return losses

@@ -8,9 +8,10 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,10 @@ from crnet.model.language_model import LanguageModel
 from crnet.model.padding import stored_on
 from crnet.model.seeds import generator_of
 from crnet.optimizers import _low_precision as low_precision
+from crnet.optimizers._fused_backward import waits
+from crnet.optimizers._fused_backward.module import FusedBackward
 from crnet.recompute.plan import RecomputePlan
+from crnet.specs import TensorSpec
 
 
 def measured(
@@ -73,6 +77,9 @@ class Probe:
         parameters = self.model.trained()
         low_precision.widen_gradients(parameters, work.update, work.num_micro_batches)
         self.optimizer = low_precision.build(method, parameters, options, settings, work.update)
+        self.held = _Held(parameters)  # its hooks come before those that free
+        decay = chosen.weight_decay if chosen.decay == "composed" else 0.0
+        self.fused = FusedBackward(method, self.optimizer, parameters, composed_decay=decay)
         generator = generator_of(seed, "tokens")
         shape = (micro_batch.sequences, micro_batch.length)
         vocab_size = work.spec.shape.vocab_size
@@ -87,10 +94,12 @@ class Probe:
         kept = {name: self.kept(plan) for name, plan in known.items()}
         peaks = {name: self.peak(plan) for name, plan in known.items()}
         state = self.state()
+        gradients = self.gradients(state)
         seconds = self.seconds()  # last: steps move the betas that invert's guard looks at
         return [
             *make_rows("parameters", "count", self.parameters()),
             *make_rows("state", "bytes", state),
+            *make_rows("gradients", "bytes", gradients),
             *make_rows("kept", "bytes", kept),
             *make_rows("peak", "bytes", peaks),
             *make_rows("memory", "bytes", {n: state["total"] + size for n, size in peaks.items()}),
@@ -116,16 +125,67 @@ class Probe:
         return counts | {"total": sum(p.numel() for p in self.model.parameters())}
 
     def state(self) -> dict[str, int]:
-        """After one step."""
+        """After one step, of one micro-batch."""
         self.model.recompute(RecomputePlan())
-        self.forward().backward()
-        self.optimizer.step()
+        if self.work.num_micro_batches == 1:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.step(1, self.work.optimizer.fused_backward and self.work.num_micro_batches == 1)
         sizes = {
             "weights": sum(_bytes(each) for each in self.model.parameters()),
-            "gradients": sum(_bytes(each.grad) for each in self.model.parameters()),
+            "gradients": self.gradient_bytes(),
             "optimizer state": sum(_bytes(each) for each in self.optimizer.state.values()),
         }
         return sizes | {"total": sum(sizes.values())}
+
+    def gradient_bytes(self) -> int:
+        """That are there now."""
+        return sum(_bytes(each.grad) for each in self.model.parameters())
+
+    def step(self, num_micro_batches: int, is_fused: bool) -> None:
+        """Backward passes that add up, and the update."""
+        for number in range(1, num_micro_batches + 1):
+            total = self.forward()
+            is_last = is_fused and number == num_micro_batches
+            with self.fused.updating(total.detach()) if is_last else contextlib.nullcontext():
+                total.backward()
+        if is_fused:
+            self.fused.finish()
+        else:
+            self.optimizer.step()
+
+    def gradients(self, state: Mapping[str, int]) -> dict[str, int]:
+        """What updating inside the backward pass saves, under the run's plan: bytes of gradients by
+        hooks, memory by a trace of the step's last micro-batch. ``state``: measured."""
+        self.model.recompute(self.work.plan)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.forward().backward()
+        everything = self.gradient_bytes()
+        rest = state["weights"] + state["optimizer state"]
+        ordinary = rest + self._step_bytes(False)
+        with self.held.counting():
+            fused = rest + self._step_bytes(True)
+        at_once = self.held.most + sum(
+            _bytes(tensor.grad) for spec, tensor in self.model.trained().values() if waits(spec)
+        )
+        return {
+            "all, ordinary": everything,
+            "at once, fused": at_once,
+            "saved": everything - at_once,
+            "memory at the peak, ordinary": ordinary,
+            "memory at the peak, fused": fused,
+        }
+
+    def _step_bytes(self, is_fused: bool) -> int:
+        """Of gradients and activations at the fullest moment of a step's last micro-batch."""
+        if self.work.num_micro_batches == 1:
+            self.optimizer.zero_grad(set_to_none=True)
+        there = self.gradient_bytes()  # of the micro-batches before
+
+        def run() -> None:
+            with self.model.fixed_weights():
+                self.step(1, is_fused)
+
+        return there + peak_bytes(run, self.device) + _bytes(self.tokens)
 
     def kept(self, plan: RecomputePlan) -> int:
         self.model.recompute(plan)
@@ -198,13 +258,41 @@ class Probe:
         for _ in range(self.rounds + 1):
             start_s = time.perf_counter()
             self.optimizer.zero_grad(set_to_none=True)
-            for _ in range(self.work.num_micro_batches):
-                self.forward().backward()
-            self.optimizer.step()
+            self.step(self.work.num_micro_batches, self.work.optimizer.fused_backward)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start_s)
         return statistics.median(times[1:])
+
+
+class _Held:
+    """Counts the gradients of what is updated inside a backward pass, as they come and go."""
+
+    def __init__(self, parameters: Mapping[str, tuple[TensorSpec, Tensor]]):
+        self._tensors = [tensor for spec, tensor in parameters.values() if not waits(spec)]
+        self._there: list[Tensor] | None = None
+        """None: nobody counts."""
+        self.most = 0
+        """Bytes that were there at once."""
+        for each in self._tensors:
+            each.register_post_accumulate_grad_hook(self._arrived)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Meanwhile gradients are counted."""
+        self._there, self.most = [each for each in self._tensors if each.grad is not None], 0
+        try:
+            yield
+        finally:
+            self._there = None
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if self._there is None:
+            return
+        self._there = [each for each in self._there if each.grad is not None]
+        if not any(each is parameter for each in self._there):
+            self._there.append(parameter)
+        self.most = max(self.most, sum(_bytes(each.grad) for each in self._there))
 
 
 def product_seconds(work: Workload, device: torch.device) -> dict[str, float]:

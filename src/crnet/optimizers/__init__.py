@@ -92,8 +92,10 @@ class OptimizerMethod:
 
         In a bf16 run the parameters may be fp32 stand-ins, where processes split them whole ones,
         and ``step`` is called several times a step, each time with the gradients of some of them
-        (``_low_precision``, ``parallel.owners``): it passes over those that have none, and what it
-        counts, it counts for each tensor. Between two steps it holds no value of a parameter.
+        (``_low_precision``, ``parallel.owners``, ``_fused_backward``): it passes over those that
+        have none, and what it counts, it counts for each tensor. Its ``param_groups`` may have
+        fewer members in a call; it looks at no others. Between two steps it holds no value of a
+        parameter.
         """
         raise NotImplementedError
 

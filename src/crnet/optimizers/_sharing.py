@@ -9,7 +9,7 @@ owner has its state and computes its step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from crnet.specs import TensorSpec
@@ -45,11 +45,15 @@ def stepped_at_once(
     method: OptimizerMethod, specs: Mapping[str, TensorSpec]
 ) -> list[tuple[str, ...]]:
     """Each tensor's full name, alone or with that of its partner (``steps_pairs``), in order."""
-    partners = pairs(specs) if method.steps_pairs else {}
+    return together(specs, pairs(specs) if method.steps_pairs else {})
+
+
+def together(names: Iterable[str], partners: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Each name, alone or with its partner, in order. ``partners``: the second of each first."""
     seconds = set(partners.values())
     return [
         (name, partners[name]) if name in partners else (name,)
-        for name in specs
+        for name in names
         if name not in seconds
     ]
 

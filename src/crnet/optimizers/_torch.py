@@ -28,6 +28,11 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
+def passes_over(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer leaves weights and states alone where its ``found_inf`` is 1."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 class Optimizer(torch.optim.Optimizer):
     """Base of optimizers."""
 

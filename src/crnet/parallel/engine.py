@@ -27,6 +27,7 @@ from crnet.kernels.partial import added_up
 from crnet.model.build import lay_out
 from crnet.model.language_model import Around, LanguageModel, plainly
 from crnet.model.tensor_parallel import join
+from crnet.optimizers._fused_backward.module import FusedBackward
 from crnet.parallel.whole import is_split, whole, whole_parameters
 from crnet.parallel.world import ALONE, World
 
@@ -70,6 +71,7 @@ class Engine:
         micro_batches: Sequence[TokensAndTargets],
         num_tokens: int,
         computing: Callable[[], contextlib.AbstractContextManager[Any]],
+        fused: FusedBackward | None = None,
     ) -> Tensor:
         """Gradients of the mean loss over the whole batch, of this process's part of the model.
 
@@ -77,6 +79,7 @@ class Engine:
             micro_batches: this process's share, on its device; as many on every process.
             num_tokens: target tokens of the whole batch.
             computing: around every forward pass.
+            fused: updates within the last backward pass; one process.
         Returns: the summed loss of this process's share, fp64.
         """
         device = micro_batches[0][0].device
@@ -87,9 +90,13 @@ class Engine:
                 with self._reducing(idx == len(micro_batches) - 1):
                     with computing():
                         loss, _ = self._call(tokens, targets)
-                    # By the whole step's tokens: micro-batches add up to the batch.
-                    (loss / num_tokens).backward()
-                loss_sum += loss.detach()
+                    loss_sum += loss.detach()
+                    is_last = idx == len(micro_batches) - 1
+                    with (
+                        fused.updating(loss_sum) if fused and is_last else contextlib.nullcontext()
+                    ):
+                        # By the whole step's tokens: micro-batches add up to the batch.
+                        (loss / num_tokens).backward()
         self._sum_parts()
         return loss_sum
 

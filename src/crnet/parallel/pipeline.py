@@ -33,6 +33,7 @@ from crnet.cost.stages import AT_THE_END, Crossing, Stage, boundary, cut, held
 from crnet.kernels.loss import linear_cross_entropy, target_scores
 from crnet.layers.block import Carries, State, run_blocks
 from crnet.model.language_model import LanguageModel
+from crnet.optimizers._fused_backward.module import FusedBackward
 from crnet.parallel.engine import (
     Engine,
     TokensAndTargets,
@@ -201,12 +202,14 @@ class PipelineEngine(Engine):
         micro_batches: Sequence[TokensAndTargets],
         num_tokens: int,
         computing: Computing,
+        fused: FusedBackward | None = None,
     ) -> Tensor:
         """As ``Engine``'s; the loss is the same on every stage.
 
         Raises:
             RuntimeError: micro-batches of different shapes.
         """
+        assert fused is None, "refused by config.check"
         tokens, targets = (torch.cat(column) for column in zip(*micro_batches, strict=True))
         shapes = {tuple(each.shape) for each, _ in micro_batches}
         if len(shapes) > 1:

@@ -25,6 +25,8 @@ from crnet.model.events import run_events
 from crnet.model.language_model import LanguageModel
 from crnet.optimizers import _low_precision as low_precision
 from crnet.optimizers._composed import decay, tensors_of_pairs, without_own_decay
+from crnet.optimizers._fused_backward.module import FusedBackward
+from crnet.optimizers._torch import passes_over
 from crnet.parallel import owners
 from crnet.parallel.engine import Engine, TokensAndTargets
 from crnet.storage.checkpoint import Progress
@@ -100,13 +102,15 @@ class Step:
         *,
         late: bool | None = None,
     ):
-        """``late``: None: on a GPU, where the optimizer allows it and nothing is sharded."""
+        """``late``: None: on a GPU, where the optimizer allows it, nothing is sharded and no update
+        is fused with the backward pass."""
         self.config, self.engine, self.optimizer, self.device = config, engine, optimizer, device
         self.model, self.world = engine.model, engine.world
         self._parameters = self._trained()
         composed = config.optimizer.decay == "composed"
         self._pairs = tensors_of_pairs(self.model.trained()) if composed else []
-        can = passes_over(optimizer) and not (engine.is_split or composed)
+        self._fused = self._fuse()
+        can = passes_over(optimizer) and not (engine.is_split or composed or self._fused)
         self.late = can and (device.type == "cuda" if late is None else late)
         self._unread: Stepped | None = None
 
@@ -121,25 +125,28 @@ class Step:
             good: the last checkpoint, to be named where the step fails.
         Raises:
             TrainingError: the loss or the gradient is not finite, of this step, or, where steps are
-                late, of the one before; the weights are not changed by it.
+                late, of the one before; the weights are not changed by it, but for an update that
+                is fused with the backward pass and had begun, which the message says.
         """
         step, clip = at.step + 1, self.config.optimizer.clip_norm
         counts = [(targets != IGNORED).sum() for _, targets in micro_batches]
         num_tokens = int(self.world.sum(torch.stack(counts).sum()))
         self.optimizer.zero_grad(set_to_none=not self.engine.keeps_gradients)
-        loss_sum = self.engine.accumulate(
-            list(self._on_device(micro_batches)), num_tokens, self._autocast
-        )
-        self.world.sum(loss_sum)
-        norm = self.engine.norm(self._parameters)
         lr = learning_rate(step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        parts, fused = list(self._on_device(micro_batches)), self._fused
+        loss_sum = self.engine.accumulate(parts, num_tokens, self._autocast, fused)
+        self.world.sum(loss_sum)
+        norm = (fused or self.engine).norm(self._parameters)
         numbers = torch.stack([loss_sum / num_tokens, norm.to(loss_sum.dtype)])
         done = Stepped(num_tokens, lr, *_to_host(numbers), self._complaint(at, good))
         self.check()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
         if self.late:
             self._update_unless_non_finite(numbers, norm)
+        elif fused:
+            done.check()
+            fused.finish()
         else:
             done.check()
             if clip:
@@ -204,9 +211,21 @@ class Step:
         self.optimizer = make_optimizer(self.config, self.model)
         optimizers.take_over(self.optimizer, former)
         self._parameters = self._trained()
+        if self._fused:
+            self._fused.remove()
+        self._fused = self._fuse()
 
     def _trained(self) -> list[Tensor]:
         return [parameter for _, parameter in self.model.trained().values()]
+
+    def _fuse(self) -> FusedBackward | None:
+        """What updates within the backward pass; None: nothing does."""
+        section = self.config.optimizer
+        if not section.fused_backward:
+            return None
+        decay = section.weight_decay if section.decay == "composed" else 0.0
+        method = optimizers.get(section.name)
+        return FusedBackward(method, self.optimizer, self.model.trained(), composed_decay=decay)
 
     def _on_device(self, micro_batches: Sequence[TokensAndTargets]) -> Iterable[TokensAndTargets]:
         """The micro-batches of a step; to a GPU in one copy of half the size, from pinned memory,
@@ -225,11 +244,20 @@ class Step:
         """What to say of a loss and a norm that are not finite."""
         end = at.position + self.config.train.batch_size
         return lambda loss, norm: (
-            f"step {at.step + 1}: loss {loss}, gradient norm {norm}; the weights were not changed. "
+            f"step {at.step + 1}: loss {loss}, gradient norm {norm}; {self._changed()}. "
             f"The step read the sequences at positions {at.position} to {end - 1}. "
             f"Last good checkpoint: {good or 'none was saved yet'}. "
             "Try a smaller --optimizer.lr, a longer --optimizer.warmup-frac or --train.precision "
             "fp32"
+        )
+
+    def _changed(self) -> str:
+        """Whether a step that failed has changed weights."""
+        if self._fused is None or not self._fused.has_begun():
+            return "the weights were not changed"
+        return (
+            "some weights are changed already (--optimizer.fused-backward) and no checkpoint is "
+            "written of them, so go on from the last good one with --resume"
         )
 
 
@@ -244,11 +272,6 @@ def make_optimizer(config: RunConfig, model: LanguageModel) -> torch.optim.Optim
     if section.decay == "composed":
         parameters = without_own_decay(parameters)
     return owners.build(method, parameters, options, settings, update)
-
-
-def passes_over(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer leaves weights and states alone where its ``found_inf`` is 1."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def one_tensor(micro_batches: Sequence[TokensAndTargets]) -> Tensor:

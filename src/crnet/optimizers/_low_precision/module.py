@@ -85,12 +85,16 @@ class LowPrecision(_torch.Optimizer):
             {name: (spec, lent[name].stand_in) for name, (spec, _) in parameters.items()}
         )
         of_stand_in = {each.stand_in: each for each in lent.values()}
+        self._stand_ins = {each.parameter: each.stand_in for each in lent.values()}
         groups = [
             {**group, "params": [of_stand_in[each].parameter for each in group["params"]]}
             for group in self._inner.param_groups
         ]
         super().__init__([{**group, "num_updates": 0} for group in groups], {})
         self._units = [[lent[name] for name in unit] for unit in at_once]
+        self._unit_idx = {
+            each.parameter: idx for idx, unit in enumerate(self._units) for each in unit
+        }
         for each in lent.values():
             state = dict(self._inner.state.pop(each.stand_in, {}))
             if each.master is not None:
@@ -118,12 +122,16 @@ class LowPrecision(_torch.Optimizer):
 
     def _hand_groups(self) -> None:
         for own, group in zip(self.param_groups, self._inner.param_groups, strict=True):
-            group.update({key: value for key, value in own.items() if key != "params"})
+            stand_ins = [self._stand_ins[each] for each in own["params"]]
+            group.update({**own, "params": stand_ins})
 
     def _buckets(self) -> Iterator[list[_Lent]]:
-        """The parameters that have a gradient, about ``ITEMS_AT_ONCE`` lent items together."""
+        """The parameters of the groups that have a gradient, about ``ITEMS_AT_ONCE`` lent items
+        together."""
         bucket, num_items = [], 0
-        for unit in self._units:
+        given = (each for group in self.param_groups for each in group["params"])
+        for idx in sorted({self._unit_idx[each] for each in given}):
+            unit = self._units[idx]
             lent = [each for each in unit if each.parameter.grad is not None]
             more = sum(each.num_items for each in lent)
             if bucket and num_items + more > ITEMS_AT_ONCE:

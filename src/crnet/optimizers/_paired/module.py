@@ -29,7 +29,8 @@ class PairsBesideAdamW(BesideAdamW):
 
     def __init__(self, parameters: Parameters, settings: Settings, adam_lr_factor: float):
         self.pairs = pairs({name: spec for name, (spec, _) in parameters.items()})
-        names = {*self.pairs, *self.pairs.values()}
+        self.pair_of = {name: pair for pair in self.pairs.items() for name in pair}
+        names = self.pair_of.keys()
         own = {name: each for name, each in parameters.items() if name in names}
         others = {name: each for name, each in parameters.items() if name not in names}
         super().__init__(own, others, settings)
@@ -50,9 +51,8 @@ class PairsBesideAdamW(BesideAdamW):
             for name, parameter in zip(group["names"], group["params"], strict=True)
             if parameter.grad is not None
         }
-        for pair in self.pairs.items():
-            if not have_gradients(pair, [name in found for name in pair]):
-                continue
+        for pair in dict.fromkeys(self.pair_of[name] for name in found):
+            check_gradients(pair, [name in found for name in pair])
             factors = [
                 Factor(name, parameter, parameter.grad, self.state[parameter], group)
                 for name in pair
@@ -62,18 +62,14 @@ class PairsBesideAdamW(BesideAdamW):
             self.update_pair(*factors)
 
 
-def have_gradients(pair: tuple[str, str], given: Sequence[bool]) -> bool:
-    """Whether both of a pair have gradients (``given``), or neither.
-
-    Raises:
-        RuntimeError: one has.
-    """
-    if any(given) and not all(given):
+def check_gradients(pair: tuple[str, str], given: Sequence[bool]) -> None:
+    """Raise ``RuntimeError`` unless both of a pair, one of which has a gradient, have one
+    (``given``)."""
+    if not all(given):
         raise RuntimeError(
             f"of {' and '.join(pair)} only {pair[given.index(True)]} has a gradient; both are "
             "stepped together, so give both, or neither"
         )
-    return all(given)
 
 
 def add_product(target_LR: Tensor, x_LR: Tensor, z_RR: Tensor, kept: float, rate: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crnet.optimizers import Settings, param_groups
-from crnet.optimizers._paired.module import have_gradients
+from crnet.optimizers._paired.module import check_gradients
 from crnet.optimizers._sharing import pairs
 from crnet.optimizers._torch import Optimizer, adam_, loss_of
 from crnet.specs import TensorSpec
@@ -28,7 +28,11 @@ class AdamWithExactSteps(Optimizer):
     ):
         self.options, self.settings = options, settings
         found = pairs({name: spec for name, (spec, _) in parameters.items()})
-        self.pairs = {pair: [parameters[name][1] for name in pair] for pair in found.items()}
+        self.pair_of = {
+            parameters[name][1]: (pair, tuple(parameters[each][1] for each in pair))
+            for pair in found.items()
+            for name in pair
+        }
         super().__init__(param_groups(parameters, settings), {})
 
     @torch.no_grad()
@@ -39,9 +43,10 @@ class AdamWithExactSteps(Optimizer):
         given = [parameter for parameter in group_of if parameter.grad is not None]
         due = {parameter for parameter in given if self._begin(parameter)}
         taken = set()
-        for pair, (a_DR, b_RF) in self.pairs.items():
-            given_both = have_gradients(pair, [each.grad is not None for each in (a_DR, b_RF)])
-            if given_both and a_DR in due:
+        pairs_given = (self.pair_of[each] for each in given if each in self.pair_of)
+        for pair, (a_DR, b_RF) in dict.fromkeys(pairs_given):
+            check_gradients(pair, [each.grad is not None for each in (a_DR, b_RF)])
+            if a_DR in due:
                 self._step_pair(a_DR, b_RF, group_of)
                 taken |= {a_DR, b_RF}
         for parameter in given:
