@@ -110,7 +110,7 @@ def _tuning(found: Mapping[str, Any]) -> Any:
     """Loss at the trials' end against the first key that is numbers, a line a row and a
     combination of the other keys."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    style: dict[str, int] = {}
+    style: dict[str, dict[str, Any]] = {}
     label = ""
     for idx, (name, row) in enumerate(found["rows"].items()):
         points = row["tuning"]["points"] if row["tuning"] else []
@@ -127,20 +127,21 @@ def _tuning(found: Mapping[str, Any]) -> Any:
                 if key != label
             )
             line = ", ".join(filter(None, [name, others]))
-            style[line] = idx
+            if line not in lines:
+                number = sum(known["color"] == f"C{idx % 10}" for known in style.values())
+                style[line] = _style(idx) | {"linestyle": ("-", "--", ":", "-.")[number % 4]}
             lines.setdefault(line, []).append((each["values"][label], each["val_loss"]))
     if not lines:
         return None
     figure = new_figure(8, 4.8)
     axes = figure.subplots()
     for line, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), label=line, **_style(style[line]))
+        axes.plot(*zip(*sorted(points), strict=True), label=line, **style[line])
     losses = sorted(loss for _, loss in itertools.chain.from_iterable(lines.values()))
     axes.set_ylim(losses[0] - 0.05, losses[len(losses) * 3 // 4] + 0.3)
     axes.set_xscale("log")
     axes.set_xlabel(label)
-    share = found["tuning"]["share"]
-    axes.set_ylabel(f"validation loss at {share:.0%} of the steps")
+    axes.set_ylabel(f"validation loss at {100 * found['tuning']['share']:g}% of the steps")
     return _finished(figure, axes)
 
 

@@ -346,7 +346,7 @@ def _tuning_words(found: Mapping[str, Any]) -> str:
         for key, (below, above) in found["grown"].items()
     )
     return (
-        f"Every point of the grid for {tuning['share']:.0%} of the steps, inside the whole "
+        f"Every point of the grid for {100 * tuning['share']:g}% of the steps, inside the whole "
         f"schedule, {tuning['seeds']} seed{'s' * (tuning['seeds'] > 1)}. Validation loss there; "
         f"the best in bold. The grid {'grew: ' + grown if grown else 'did not grow'}."
     )
