@@ -9,6 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +176,21 @@ def test_micro_batches_add_up_before_the_update(name: str) -> None:
     """The last backward pass alone updates: the gradient is that of the whole batch."""
     config = config_of(examples(optimizers.get(name))[0], train={"micro_batch_size": 1})
     assert_as_ordinary(config, num_parts=4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, by its version
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_compiled_blocks(recompute: str) -> None:
+    """Traced, run eagerly: one node hands out the gradients of a whole block."""
+    found = []
+    for is_fused in (True, False):
+        optimizer = {"fused_backward": is_fused}
+        step = make_step(config_of(optimizer=optimizer, train={"recompute": recompute}))
+        step.model.compile_blocks("aot_eager")
+        done = [step(batch(number), at(number), None) for number in range(3)]
+        found.append([[(each.loss, each.grad_norm) for each in done], everything(step)])
+    assert_same(*found)
 
 
 def test_tensors_that_leave_the_model() -> None:
@@ -409,10 +428,7 @@ class Crash(BaseException):
     """Stands for a death that nothing handles."""
 
 
-@pytest.mark.parametrize("number", [2, 10])
-def test_died_in_a_backward_pass_and_resumed(
-    corpus: Path, ordinary: Path, tmp_path: Path, number: int
-) -> None:
+def test_died_in_a_backward_pass_and_resumed(corpus: Path, ordinary: Path, tmp_path: Path) -> None:
     """Figures, checkpoints and state are those of an ordinary run, never stopped."""
 
     def crash() -> None:
@@ -420,10 +436,33 @@ def test_died_in_a_backward_pass_and_resumed(
 
     config = fused_run(corpus)
     with pytest.MonkeyPatch.context() as patch:
-        in_backward(patch, number, crash)
+        in_backward(patch, 2, crash)
         with pytest.raises(Crash):
             run(config, tmp_path / "run")
     assert run(config, tmp_path / "run", resume=True).finished
+    assert_same_run(tmp_path / "run", ordinary)
+
+
+def run_until_killed(corpus: str, folder: str) -> None:
+    """In a process of its own, which is gone in the middle of its tenth step."""
+    patch = pytest.MonkeyPatch()
+    in_backward(patch, 10, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run(fused_run(Path(corpus)), Path(folder))
+
+
+def test_killed_in_a_backward_pass_and_resumed(
+    corpus: Path, ordinary: Path, tmp_path: Path
+) -> None:
+    program = "import sys, test_fused_backward as it; it.run_until_killed(*sys.argv[1:])"
+    words = [sys.executable, "-c", program, str(corpus), str(tmp_path / "run")]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(words, env=env, capture_output=True, timeout=240)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    saved = checkpoint.newest(tmp_path / "run")
+    assert saved is not None
+    assert saved.progress.step == 8
+    assert run(fused_run(corpus), tmp_path / "run", resume=True).finished
     assert_same_run(tmp_path / "run", ordinary)
 
 
