@@ -970,7 +970,7 @@ FAULTS = [
         "optimizers/apollo/module.py",
         "scales = limited(scales, norms, state, options.growth_limit)",
         "limited(scales, norms, state, options.growth_limit)",
-        "test_optimizers.py::test_apollo_limits_growth_exactly",
+        "test_optimizers.py::test_apollo_is_its_formula",
     ),
     fault(
         "GaLore without its scale",
@@ -1071,10 +1071,10 @@ FAULTS = [
         "test_optimizers_subspace.py::test_the_fast_transform_is_the_product",
     ),
     fault(
-        "a wide matrix is orthogonalised from the wrong side",
+        "five iterations on the small side, whatever was asked for",
         "optimizers/_newton_schulz.py",
-        "return through_gram(wide @ wide.T) @ wide",
-        "return wide @ through_gram(wide.T @ wide)",
+        "num_steps != GRAM_ITERATIONS or 2 * large",
+        "2 * large",
         "test_optimizers_adaptive.py::test_newton_schulz_on_the_small_side_is_the_iteration",
     ),
     fault(
