@@ -169,7 +169,7 @@ def table(found: Mapping[str, dict[str, Any]]) -> list[str]:
     for name, entry in found.items():
         linear, _, optimizer = name.partition("/")
         if entry.get("val_loss") is None:
-            cells = f"{linear} | {optimizer} | failed: {entry.get('failed', 'every rate')}"
+            cells = f"{linear} | {optimizer} | failed: {entry['rows'][0]['problem']}"
             lines.append(f"| {cells} |" + " |" * 5)
             continue
         floor, gain = entry["floor"], entry["below_floor"]
@@ -228,9 +228,9 @@ def main() -> None:
         print(entry, file=sys.stderr, flush=True)
         try:
             study = swept(base_of(common, entry, width), given.out / entry, given.jobs)
-            found[entry] = summary(study)
-        except ConfigError as error:
-            found[entry] = {"failed": str(error)}
+        except ConfigError as error:  # a signal, or a folder of another search
+            sys.exit(str(error))
+        found[entry] = summary(study)
         report = {
             "date": time.strftime("%Y-%m-%d"),
             "code": describe_code(),

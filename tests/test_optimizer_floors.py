@@ -13,6 +13,7 @@ from crnet.compare.sweep import Search, Sweep, trials
 from crnet.config import presets
 from crnet.config.check import check
 from crnet.config.serialize import override
+from crnet.errors import ConfigError
 
 BASE = override(presets.get("tiny"), model={"vocab_size": 64}, train={"steps": 100})
 
@@ -79,3 +80,20 @@ def test_a_corpus_that_is_not_there_is_named(floors: Any, tmp_path: Path) -> Non
         floors.wikitext(tmp_path)
     with pytest.raises(ValueError, match="or say --quick"):
         floors.wikitext(None)
+
+
+def test_a_search_that_was_stopped_stops_the_program(
+    floors: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It does not go on to the next optimizer."""
+    begun = []
+
+    def stopped(base: Any, out: Path, jobs: int) -> None:
+        begun.append(out)
+        raise ConfigError("SIGTERM stopped it; the same command goes on")
+
+    monkeypatch.setattr(floors, "swept", stopped)
+    monkeypatch.setattr(sys, "argv", ["optimizer_floors.py", "--quick", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="SIGTERM stopped it"):
+        floors.main()
+    assert len(begun) == 1
