@@ -8,9 +8,9 @@ not fit so short a run. Preset ``tiny``, full rank; optimizers that step pairs o
 rank, beside SGD and AdamW on it. Rows and their order, the initial values, schedule and clipping
 are the same for all. Each searches five rates, a factor of 3 apart, around the one that the
 contract trains with (``OptimizerMethod.tried_lr``): all for a quarter of the steps, the best two to
-the end. Where the best one stands at an edge, a rate beyond it is added, up to ``EXTENSIONS``
-times. Intervals that are longer than the run are set to an eighth of it, ranks to a quarter of the
-width (``fitted``). One seed: a floor, and no ranking of what lies close together.
+the end; SGD's and AdamW's all to the end. Where the best one stands at an edge, a rate beyond it is
+added, up to ``EXTENSIONS`` times. Intervals that are longer than the run are set to an eighth of
+it, ranks to a quarter of the width (``fitted``). One seed: a floor, no ranking of what lies close.
 
 DIR holds WikiText-2 as train.txt.xz and valid.txt.xz; the tokenizer is trained on it. ``--jobs 0``:
 in this process. Writes OUT/floors.json and prints the table for LOG.md. What is finished is not run
@@ -41,13 +41,18 @@ from crnet.errors import ConfigError
 from crnet.storage.manifest import describe_code, describe_device
 
 FLOOR = "sgd"
-ON_FACTORS = (FLOOR, "adamw")
+YARDSTICKS = (FLOOR, "adamw")
 """Run on plain low rank too, beside the optimizers of pairs."""
 QUICK = ("full/sgd", "full/adamw", "lowrank/sgd", "lowrank/loro-adam")
 SEARCH = Search(share=0.25, halving=4)
+ALL = Search()
+"""SGD's and AdamW's. A quarter of the steps ends near the peak of the rate, and what is ahead there
+is a small rate; at the end a larger one may be. What all are held against must not come out too
+high."""
 SPACING = 3.0
 BELOW, ABOVE = 3, 1
-"""Rates below and above ``tried_lr``, which a model of 16 channels trains with."""
+"""Rates below and above ``tried_lr``, which a model of 16 channels trains with. SGD's are two steps
+higher: its gradients are clipped here, and the contract's are not."""
 EXTENSIONS = 3
 ROWS, LENGTH = 8, 64
 WIDTH = 192
@@ -68,10 +73,10 @@ def fitted(steps: int, width: int) -> dict[str, dict[str, Any]]:
 
 def entries() -> list[str]:
     """What is swept, ``LINEAR/OPTIMIZER``; each floor before what stands on it."""
-    names = sorted(optimizers.names(), key=lambda name: (name not in ON_FACTORS, name))
+    names = sorted(optimizers.names(), key=lambda name: (name not in YARDSTICKS, name))
     pairs = [name for name in names if optimizers.get(name).steps_pairs]
     others = [name for name in names if name not in pairs and name != FLOOR]
-    found = [f"lowrank/{name}" for name in (FLOOR, *ON_FACTORS[1:], *pairs)]
+    found = [f"lowrank/{name}" for name in (FLOOR, *YARDSTICKS[1:], *pairs)]
     return [f"full/{FLOOR}", *found[:1], *(f"full/{name}" for name in others), *found[1:]]
 
 
@@ -88,7 +93,9 @@ def base_of(common: RunConfig, entry: str, width: int) -> RunConfig:
 
 def rates(name: str) -> list[float]:
     """The first grid."""
-    return [optimizers.get(name).tried_lr * SPACING**k for k in range(-BELOW, ABOVE + 1)]
+    shift = 2 * (name == FLOOR)
+    exponents = range(shift - BELOW, shift + ABOVE + 1)
+    return [optimizers.get(name).tried_lr * SPACING**each for each in exponents]
 
 
 def beyond(study: Sweep) -> float | None:
@@ -107,7 +114,8 @@ def search(
 ) -> Sweep:
     """A search over a grid, said on stderr; ``rows`` of what was searched before."""
     found = trials(base, {"optimizer.lr": [f"{rate:.3g}" for rate in sorted(grid)]})
-    study = Sweep(base, found, SEARCH, out, rows)
+    how = ALL if base.optimizer.name in YARDSTICKS else SEARCH
+    study = Sweep(base, found, how, out, rows)
     for row in study.run(jobs):
         ended = row["problem"] or f"loss {row['val_loss']:.4f}"
         print(f"  {row['trial']}, step {row['step']}: {ended}", file=sys.stderr, flush=True)
@@ -162,7 +170,7 @@ def table(found: Mapping[str, dict[str, Any]]) -> list[str]:
     for name, entry in found.items():
         linear, _, optimizer = name.partition("/")
         if entry.get("val_loss") is None:
-            cells = f"{linear} | {optimizer} | failed: {entry.get('failed', 'every rate')}"
+            cells = f"{linear} | {optimizer} | failed: {entry['rows'][0]['problem']}"
             lines.append(f"| {cells} |" + " |" * 5)
             continue
         floor, gain = entry["floor"], entry["below_floor"]
@@ -221,16 +229,16 @@ def main() -> None:
         print(entry, file=sys.stderr, flush=True)
         try:
             study = swept(base_of(common, entry, width), given.out / entry, given.jobs)
-            found[entry] = summary(study)
-        except ConfigError as error:
-            found[entry] = {"failed": str(error)}
+        except ConfigError as error:  # a signal, or a folder of another search
+            sys.exit(str(error))
+        found[entry] = summary(study)
         report = {
             "date": time.strftime("%Y-%m-%d"),
             "code": describe_code(),
             "device": describe_device(torch.device("cpu")),
             "corpus": "WikiText-2" if given.wikitext else "programs of runs/",
             "base": to_dict(common),
-            "search": dataclasses.asdict(SEARCH),
+            "search": {"yardsticks": dataclasses.asdict(ALL), "others": dataclasses.asdict(SEARCH)},
             "entries": with_floors(found),
         }
         sweep.write_report(given.out / "floors.json", report)

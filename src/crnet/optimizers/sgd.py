@@ -33,7 +33,7 @@ class SGD(OptimizerMethod):
     summary = "SGD with momentum"
     Options = SGDOptions
     examples = (SGDOptions(momentum=0.0), SGDOptions(momentum=0.8, nesterov=True))
-    tried_lr = 0.3
+    tried_lr = 1 / 9
     pads = True
 
     def problems(self, options: SGDOptions) -> list[str]:
