@@ -194,6 +194,15 @@ def wikitext(folder: Path | None) -> dict[str, Any]:
     return {"source": (str(files[0]),), "validation_source": (str(files[1]),)}
 
 
+def without_folders(base: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose corpus is named by its files alone."""
+    told = base["data"]
+    names = {
+        key: [Path(each).name for each in told[key]] for key in ("source", "validation_source")
+    }
+    return base | {"data": told | names}
+
+
 def main() -> None:
     parser = sweep.make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=100, help=f"of {ROWS * LENGTH} tokens each")
@@ -237,7 +246,7 @@ def main() -> None:
             "code": describe_code(),
             "device": describe_device(torch.device("cpu")),
             "corpus": "WikiText-2" if given.wikitext else "programs of runs/",
-            "base": to_dict(common),
+            "base": without_folders(to_dict(common)),
             "search": {"yardsticks": dataclasses.asdict(ALL), "others": dataclasses.asdict(SEARCH)},
             "entries": with_floors(found),
         }
