@@ -402,7 +402,7 @@ def test_non_finite_loss_stops_the_run(
     monkeypatch.setattr(start, "build", lambda *a: built.append(build(*a)) or built[-1])
     config = tiny(
         corpus,
-        optimizer={"lr": 1e30, "weight_decay": 1.0, "clip_norm": 0.0, "warmup_frac": 0.0},
+        optimizer={"lr": 1e30, "clip_norm": 0.0, "warmup_frac": 0.0},
         train={"steps": 40, "save_every_steps": 1, "eval_every_steps": 0},
     )
     with pytest.raises(TrainingError) as caught:

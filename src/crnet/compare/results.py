@@ -134,7 +134,11 @@ def _tuning(of: Comparison, row: Row) -> Values:
                 "losses": losses,
                 "val_loss": statistics.mean(known) if len(known) == len(losses) else None,
                 "problems": [each["problem"] for each in figures if each and "problem" in each],
-                "runs": [str(of.folder(row, trial).relative_to(of.out)) for trial in trials],
+                "runs": [
+                    str(of.folder(row, trial).relative_to(of.out))
+                    for trial, each in zip(trials, figures, strict=True)
+                    if each is not None
+                ],
             }
         )
     step = steps_at(row.config, of.study.tuning.share)
