@@ -179,8 +179,8 @@ def test_muon(shape: tuple[int, ...], adjust: str) -> None:
 
 @each_shape
 def test_normuon(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both the paper's and the authors' form. Its eps is set to ours. Its iterations are in bf16, as
-    ours on a GPU: here they are put into our step. Our sums of their squares are in fp32."""
+    """Both the paper's and the authors' form. Its eps is set to ours. Its iterations are in bf16,
+    as ours on a GPU: here they are put into our step. Our sums of their squares are in fp32."""
     monkeypatch.setattr(
         normuon, "orthogonalised", lambda x, steps: naive_orthogonalised(x.bfloat16(), steps)
     )
