@@ -265,7 +265,8 @@ def folder(tmp_path: Path, corpus: Path) -> Path:
     (tmp_path / "mine.toml").write_text(study, encoding="utf-8")
     (tmp_path / "tonight.toml").write_text("[train]\nlog_every_steps = 1\n", encoding="utf-8")
     page = code_blocks(ROOT / "docs" / "adding_a_method.md", "python")
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for each in ("examples", "runs/studies"):
+        shutil.copytree(ROOT / each, tmp_path / each)
     (tmp_path / "diagonal.py").write_text(page[0], encoding="utf-8")
     return tmp_path
 
