@@ -39,12 +39,12 @@ from crnet.cli import environment
 if __name__ == "__main__":
     environment.as_trained()
 
+import methods_step
 import torch
 from heading import heading, write
 from torch import Tensor
 
 from crnet import optimizers
-from crnet.config import presets
 from crnet.config.check import check
 from crnet.config.model_spec import model_spec
 from crnet.config.sections import RunConfig, choose, field_name, options_of
@@ -349,22 +349,8 @@ def measure(base: RunConfig, given: argparse.Namespace) -> dict[str, Any]:
 
 def base_config(given: argparse.Namespace) -> RunConfig:
     """The preset, in one batch."""
-    model: dict[str, Any] = {"vocab_size": given.vocab_size}
-    if given.layers:
-        model["num_layers"] = given.layers
-    return override(
-        presets.get(given.preset),
-        model=model,
-        optimizer={"weight_decay": given.weight_decay},
-        data={"sequence_length": given.length},
-        train={
-            "batch_size": given.sequences,
-            "micro_batch_size": given.sequences,
-            "precision": "fp32",
-            "device": "cpu",
-            "recompute": "none",
-        },
-    )
+    found = methods_step.base_config(given)
+    return override(found, optimizer={"weight_decay": given.weight_decay})
 
 
 def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

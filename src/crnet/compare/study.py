@@ -52,7 +52,7 @@ from crnet.config import presets
 from crnet.config.check import check
 from crnet.config.keys import with_keys
 from crnet.config.sections import SECTIONS, RunConfig
-from crnet.config.serialize import build, flags, with_text
+from crnet.config.serialize import build, flags, leaves, with_text
 from crnet.errors import ConfigError
 
 FOLDER = "studies"
@@ -355,7 +355,7 @@ def _with(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """Raises ``ConfigError`` for a key that there is not."""
     if strange := [key for key in settings if key not in SECTIONS]:
         raise ConfigError(f"{strange[0]} is no section; known are {', '.join(SECTIONS)}")
-    nones = [key for key, value in _leaves(settings) if value == NONE]
+    nones = [key for key, value in leaves(settings) if value == NONE]
     config = with_keys(config, _without_nones(settings))
     for key in nones:
         config = with_text(config, key, NONE)
@@ -364,14 +364,6 @@ def _with(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 
 NONE = "none"
 """TOML has no word for nothing; it is read as the command line reads it."""
-
-
-def _leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{before}{key}.")
-        else:
-            yield before + key, value
 
 
 def _without_nones(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -167,9 +167,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
 
 def command_line(config: RunConfig) -> list[str]:
     """The words after the program that train a configuration: what differs from its preset."""
-    base = dict(_flags("--", to_dict(presets.get(config.preset))))
+    base = dict(_flags(presets.get(config.preset)))
     words = ["train", config.preset]
-    for flag, value in _flags("--", to_dict(config)):
+    for flag, value in _flags(config):
         if isinstance(value, bool) and value != base[flag]:
             words.append(flag if value else re.sub(r"\.(?=[^.]*$)", ".no-", flag))
         elif value != base[flag]:
@@ -180,21 +180,21 @@ def command_line(config: RunConfig) -> list[str]:
 
 def flags(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """Every key with its section, as ``train.batch_size``, and its value as JSON has it."""
-
-    def below(before: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                yield from below(f"{before}{key}.", value)
-            else:
-                yield before + key, value
-
-    return below("", to_dict(config))
+    return leaves(to_dict(config))
 
 
-def _flags(before: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """What is no mapping in nested ones, each with its keys, joined by dots behind ``before``."""
     for key, value in values.items():
-        flag = before + key.replace("_", "-")
-        yield from _flags(f"{flag}.", value) if isinstance(value, Mapping) else [(flag, value)]
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{before}{key}.")
+        else:
+            yield before + key, value
+
+
+def _flags(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """As the command line spells them."""
+    return (("--" + key.replace("_", "-"), value) for key, value in flags(config))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from crnet.config import presets
 from crnet.config.model_spec import ModelSpec
 from crnet.config.sections import RunConfig, precision_of
-from crnet.config.serialize import to_dict
+from crnet.config.serialize import flags, leaves, to_dict
 from crnet.cost.step import step_flops, step_memory
 from crnet.cost.workload import Workload, workload
 from crnet.errors import ConfigError
@@ -285,10 +285,10 @@ def differences(configs: Mapping[str, RunConfig]) -> Values:
     Returns:
         ``columns``: names; ``rows``: [key, a value a column].
     """
-    columns = {name: dict(_flat(to_dict(config))) for name, config in configs.items()}
+    columns = {name: dict(flags(config)) for name, config in configs.items()}
     if len(columns) == 1:
         (config,) = configs.values()
-        columns = {f"preset {config.preset}": dict(_flat(_preset_of(config))), **columns}
+        columns = {f"preset {config.preset}": dict(leaves(_preset_of(config))), **columns}
     keys = {key: None for values in columns.values() for key in values}
     rows = [[key, *(values.get(key) for values in columns.values())] for key in keys]
     return {
@@ -302,14 +302,6 @@ def _preset_of(config: RunConfig) -> Values:
         return to_dict(presets.get(config.preset))
     except ConfigError:  # of a plugin, or of another version
         return to_dict(config)
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield before + key, value
 
 
 def history(run: Run) -> list[Values]:
