@@ -25,6 +25,7 @@ import crnet
 from crnet.cli import environment, streams
 from crnet.cli.arguments import Command, whole_numbers
 from crnet.errors import ConfigError, ReportedError, TrainingError
+from crnet.parallel import launch
 
 if TYPE_CHECKING:
     import cyclopts
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     with streams.steady():
         code = _code_of(argv)
-    sys.exit(code)
+    launch.end_process(code)
 
 
 def _code_of(argv: list[str] | None) -> int:

@@ -23,6 +23,7 @@ from torch import distributed as dist
 
 from crnet.config.sections import SIZES, ParallelConfig, num_processes
 from crnet.errors import ConfigError, ReportedError, TrainingError
+from crnet.parallel.launch import leave_alone
 
 T = TypeVar("T")
 
@@ -186,8 +187,11 @@ def joined(parallel: ParallelConfig) -> Iterator[World]:
         yield _world(parallel, device)
         return
     _gather("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    yield _world(parallel, device)
-    # Not after an error: the others may be gone, and nothing more is agreed with them.
+    try:
+        yield _world(parallel, device)
+    except BaseException:
+        leave_alone()  # the others may be gone, and nothing more is agreed with them
+        raise
     dist.destroy_process_group()
 
 
