@@ -25,7 +25,7 @@ import crnet
 from crnet.cli import environment, streams
 from crnet.cli.arguments import Command, whole_numbers
 from crnet.errors import ConfigError, ReportedError, TrainingError
-from crnet.parallel import launch
+from crnet.parallel.ending import end_process
 
 if TYPE_CHECKING:
     import cyclopts
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     with streams.steady():
         code = _code_of(argv)
-    launch.end_process(code)
+    end_process(code)
 
 
 def _code_of(argv: list[str] | None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -11,7 +10,6 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from crnet.config.sections import ParallelConfig, num_processes
 from crnet.parallel.cores import num_cores
@@ -77,31 +75,6 @@ def launch(words: Sequence[str], parallel: ParallelConfig) -> int:
     signal.signal(received, signal.SIG_DFL)
     os.kill(os.getpid(), received)
     return 1  # only where the signal is blocked
-
-
-_left_alone = False
-
-
-def leave_alone() -> None:
-    """Note that this process was in a group of processes when an error came, and did not end it:
-    the others may be gone."""
-    global _left_alone
-    _left_alone = True
-
-
-def end_process(code: int) -> NoReturn:
-    """End this process with ``code``.
-
-    After an error in a group of processes the interpreter does not end by itself: gloo's threads
-    abort then now and then, and the code would be that of a signal. Open files are not written out;
-    standard output and error are.
-    """
-    if _left_alone:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def note_end() -> None:

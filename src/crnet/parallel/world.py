@@ -23,7 +23,7 @@ from torch import distributed as dist
 
 from crnet.config.sections import SIZES, ParallelConfig, num_processes
 from crnet.errors import ConfigError, ReportedError, TrainingError
-from crnet.parallel.launch import leave_alone
+from crnet.parallel.ending import leave_alone
 
 T = TypeVar("T")
 
