@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from crnet.cost.kept import kept_bytes, kept_outputs, stream_size
 from crnet.cost.micro_batch import BlockBytes, MicroBatch
 from crnet.cost.packed import PackedBlockBytes
-from crnet.kernels.loss_chunks import chunk_rows
+from crnet.kernels.loss_chunks import PART_ITEMS, chunk_rows
 from crnet.recompute.plan import Added, RecomputePlan, segments
 
 
@@ -52,8 +52,12 @@ def loss_bytes(micro_batch: MicroBatch) -> int:
     head = shape.vocab_size * shape.hidden_size
     rows = min(micro_batch.rows, chunk_rows(shape.vocab_size, micro_batch.device_type))
     chunk = rows * shape.vocab_size
-    # A chunk's logits and their logarithms, fp32. Below fp32 its slope, and a product to be added.
-    forward = max(8 * chunk, e * chunk + e * head) if e < 4 else 8 * chunk
+    if e == 4:  # a chunk's logits and their logarithms
+        forward = 8 * chunk
+    elif micro_batch.device_type == "cpu":  # its logits, a part of them widened, its logarithms
+        forward = e * chunk + 8 * min(chunk, PART_ITEMS)
+    else:  # both widened; or its slope, and a product to be added
+        forward = max(8 * chunk, e * chunk + e * head)
     forward += 2 * head if micro_batch.is_mixed else 0  # the head's cast
     backward = 2 * head if micro_batch.precision == "bf16" else 0  # the gradient in its own dtype
     return max(forward, backward)

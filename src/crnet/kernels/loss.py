@@ -78,11 +78,13 @@ def target_scores(
     losses, likeliest = [loss_sum.new_zeros(0)], [target_M.new_zeros(0, dtype=torch.bool)]
     for start in range(0, x_MD.shape[0], rows):
         x_CD, target_C = (each[start : start + rows] for each in (x_MD, target_M))
-        logs_CV = torch.log_softmax((x_CD @ weight_VD.T).to(wide), dim=-1)
-        loss_C1 = _losses(logs_CV, *_places(target_C))
+        logits_CV, loss_C1 = x_CD @ weight_VD.T, loss_sum.new_empty(len(target_C), 1)
+        for part in _parts(logits_CV, wide):
+            logs_CV = torch.log_softmax(logits_CV[part].to(wide), dim=-1)
+            loss_C1[part] = _losses(logs_CV, *_places(target_C[part]))
+            likeliest.append(_are_likeliest(logs_CV, target_C[part]))
         loss_sum += loss_C1.sum()
         losses.append(loss_C1.squeeze(1))
-        likeliest.append(_are_likeliest(logs_CV, target_C))
     return Scores(loss_sum, torch.cat(losses), torch.cat(likeliest))
 
 
@@ -115,6 +117,18 @@ def _places(target_C: Tensor) -> tuple[Tensor, Tensor]:
     return target_C.clamp_min(0).unsqueeze(1), (target_C == IGNORED).unsqueeze(1)
 
 
+def _parts(logits_CV: Tensor, wide: torch.dtype) -> list[slice]:
+    """Rows whose logits are widened together: on a CPU as many as its cache holds."""
+    rows, vocab = logits_CV.shape
+    is_narrow = logits_CV.device.type == "cpu" and logits_CV.dtype != wide
+    return _slices(rows, loss_chunks.PART_ITEMS // vocab if is_narrow else rows)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    size = max(size, 1)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 def _losses(logs_CV: Tensor, index_C1: Tensor, ignored_C1: Tensor) -> Tensor:
     """Loss of every row, (C, 1); 0 where none counts."""
     return -logs_CV.gather(1, index_C1).masked_fill_(ignored_C1, 0)
@@ -129,11 +143,12 @@ class _ChunkedLoss(torch.autograd.Function):
         x_MD, weight_VD = x_MD.to(dtype), weight_VD.to(dtype)
         loss = torch.zeros((), dtype=wide, device=x_MD.device)
         dx_MD = torch.empty_like(x_MD) if wants_x else None
-        dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
+        new = torch.empty_like if len(x_MD) else torch.zeros_like  # the first chunk writes it
+        dweight_VD = new(weight_VD, dtype=wide) if wants_weight else None
         for start in range(0, x_MD.shape[0], chunk_rows):
             x_CD, target_C = (each[start : start + chunk_rows] for each in (x_MD, target_M))
             dx_CD = None if dx_MD is None else dx_MD[start : start + chunk_rows]
-            loss += _chunk(x_CD, weight_VD, target_C, dx_CD, dweight_VD, wide)
+            loss += _chunk(x_CD, weight_VD, target_C, dx_CD, dweight_VD, wide, start > 0)
         ctx.save_for_backward(dx_MD, dweight_VD)
         ctx.spent = False
         return loss
@@ -158,29 +173,53 @@ def _chunk(
     dx_CD: Tensor | None,
     dweight_VD: Tensor | None,
     wide: torch.dtype,
+    adds: bool,
 ) -> Tensor:
-    """Loss of some rows; their gradient into ``dx_CD``, the weight's added to ``dweight_VD``."""
-    logs_CV = torch.log_softmax((x_CD @ weight_VD.T).to(wide), dim=-1)
+    """Loss of some rows; their gradient into ``dx_CD``, the weight's into ``dweight_VD``, or added
+    to it."""
+    logits_CV = x_CD @ weight_VD.T
     index_C1, ignored_C1 = _places(target_C)
-    loss = _losses(logs_CV, index_C1, ignored_C1).sum()
-    if dx_CD is None and dweight_VD is None:
-        return loss
-    slope_CV = logs_CV.exp_()
-    slope_CV.scatter_add_(1, index_C1, torch.full_like(ignored_C1, -1, dtype=wide))
-    slope_CV = slope_CV.to(x_CD.dtype)
-    del logs_CV
+    loss_C1 = logits_CV.new_empty(index_C1.shape, dtype=wide)
+    parts = _parts(logits_CV, wide)
+    # Several parts write their slopes over the logits; one alone lets these go at once.
+    slope_CV = logits_CV if len(parts) > 1 else None
+    for part in parts:
+        logs_CV = logits_CV[part].to(wide)
+        if slope_CV is None:
+            logits_CV = logs_CV
+        logs_CV = torch.log_softmax(logs_CV, dim=-1)
+        loss_C1[part] = _losses(logs_CV, index_C1[part], ignored_C1[part])
+        if dx_CD is None and dweight_VD is None:
+            continue
+        logs_CV.exp_().scatter_add_(1, index_C1[part], torch.full_like(loss_C1[part], -1))
+        if slope_CV is None:
+            logits_CV = slope_CV = logs_CV.to(x_CD.dtype)
+        else:
+            slope_CV[part] = logs_CV
+        del logs_CV
+    if slope_CV is None:
+        return loss_C1.sum()
     # Rows left out are zeroed where they are narrow.
     if dx_CD is not None:
         torch.mm(slope_CV, weight_VD, out=dx_CD).masked_fill_(ignored_C1, 0)
     if dweight_VD is not None:
-        _add_product(dweight_VD, slope_CV.T, x_CD.masked_fill(ignored_C1, 0))
-    return loss
+        _product(dweight_VD, slope_CV.T, x_CD.masked_fill(ignored_C1, 0), adds)
+    return loss_C1.sum()
 
 
-def _add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-    """Add a product, in place."""
-    if sum_VD.dtype == left_VC.dtype:
+def _product(into_VD: Tensor, left_VC: Tensor, right_CD: Tensor, adds: bool) -> None:
+    """Write a product into a tensor, or add it."""
+    if into_VD.dtype == left_VC.dtype:
         # Not addmm_: the same product, but torch's FLOP counter does not know it.
-        torch.addmm(sum_VD, left_VC, right_CD, out=sum_VD)
-    else:
-        sum_VD += left_VC @ right_CD
+        if adds:
+            torch.addmm(into_VD, left_VC, right_CD, out=into_VD)
+        else:
+            torch.mm(left_VC, right_CD, out=into_VD)
+        return
+    items = loss_chunks.PART_ITEMS if into_VD.device.type == "cpu" else into_VD.numel()
+    for part in _slices(len(into_VD), items // into_VD.shape[1]):
+        product_VD = left_VC[part] @ right_CD
+        if adds:
+            into_VD[part] += product_VD
+        else:
+            into_VD[part] = product_VD

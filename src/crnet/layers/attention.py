@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crnet.kernels.attention import causal_attention
 from crnet.kernels.elementwise import rotate
 from crnet.layers.cache import LayerCache, causal_mask
 from crnet.layers.norms import RMSNorm
@@ -115,6 +116,8 @@ def _mix(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, window: int | None) -> 
         # torch has no fused kernel for grouped heads in fp32 there: it would keep T x T weights.
         k_BKSH, v_BKSH = (each.repeat_interleave(groups, dim=1) for each in (k_BKSH, v_BKSH))
         groups = 1
+    if is_causal and groups == 1:
+        return causal_attention(q_BNTH, k_BKSH, v_BKSH)
     return nn.functional.scaled_dot_product_attention(
         q_BNTH, k_BKSH, v_BKSH, mask, is_causal=is_causal, enable_gqa=groups > 1
     )
