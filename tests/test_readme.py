@@ -74,14 +74,20 @@ def test_comparison() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "precision", "told"),
     [
-        ("2026-11-26-peers.json", "full rank {}, CR-Net **{}** at {} of the FLOPs, low rank {}"),
-        ("2026-11-26-peers-quiet.json", "sets it, {}, {} and {}"),
+        (
+            "2026-11-26-peers.json",
+            "fp32",
+            "full rank {}, CR-Net **{}** at {} of the FLOPs, low rank {}",
+        ),
+        ("2026-11-26-peers-quiet.json", "fp32", "sets it, {}, {} and {}"),
+        ("2026-11-27-peers-xeon.json", "fp32", "Intel Xeon {}, {} and {}"),
+        ("2026-11-27-peers-xeon.json", "bf16-mixed", "in bf16-mixed {}, {} and {}"),
     ],
 )
-def test_times_beside_transformers(name: str, told: str) -> None:
-    sides = report(name)["step"]["fp32"]
+def test_times_beside_transformers(name: str, precision: str, told: str) -> None:
+    sides = report(name)["step"][precision]
     ratios = {side: f"{each['time_to_transformers']:.2f}" for side, each in sides.items()}
     values = [ratios["full"], ratios["crnet"], ratios["lowrank"]]
     if told.count("{}") == 4:
