@@ -1,48 +1,61 @@
-"""docs/comparison.md says what the JSON of its study says."""
+"""docs/comparison.md says what the JSON of its studies says."""
 
 from __future__ import annotations
 
 import json
-import re
+import sys
 from pathlib import Path
+from typing import Any
 
-from crnet.compare import results, study
+import pytest
+
+from crnet.compare import study
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import comparison_page  # noqa: E402
+
 TEXT = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
-FOUND = json.loads((ROOT / "benchmarks" / "2026-11-27-abstracts.json").read_text(encoding="utf-8"))
-STUDY = study.read(str(ROOT / "runs" / "studies" / "abstracts.toml"))
+FILES = {
+    name: ROOT / "benchmarks" / file
+    for name, file in comparison_page.STUDIES.items()
+    if (ROOT / "benchmarks" / file).exists()
+}
 
 
-def test_the_table_of_the_tuning_is_the_program_s() -> None:
-    assert results.tuning_table(FOUND) in TEXT
+def found(name: str) -> dict[str, Any]:
+    return json.loads(FILES[name].read_text(encoding="utf-8"))
 
 
-def test_every_final_figure_is_a_run_s() -> None:
-    rows = re.findall(
-        r"^\| ([\w-]+) \| ([\d. /]+) \| ([\d. /]+) \| ([\d. /]+) \| ([\d,]+) ", TEXT, re.M
-    )
-    assert [name for name, *_ in rows] == [
-        name
-        for name, row in FOUND["rows"].items()
-        if any(run["val_loss"] is not None for run in row["runs"])
-    ]
-    for name, *shown, parameters in rows:
-        row = FOUND["rows"][name]
-        ended = [run for run in row["runs"] if run["val_loss"] is not None]
-        keys = ("val_loss", "val_perplexity", "val_bits_per_byte")
-        for text, key, digits in zip(shown, keys, (4, 2, 4), strict=True):
-            assert text == " / ".join(f"{run[key]:.{digits}f}" for run in ended)
-        assert parameters == f"{row['parameters']:,}"
+def of_study(name: str) -> study.Study:
+    file = "abstracts" if name == "abstracts" else f"abstracts-{name}"
+    return study.read(str(ROOT / "runs" / "studies" / f"{file}.toml"))
 
 
-def test_the_study_is_the_one_that_was_run() -> None:
-    """Its rows, their settings and ranks; nothing that has figures is missing from the file."""
-    for name, row in FOUND["rows"].items():
-        config = STUDY.rows[name].config
-        assert row["settings"]["model.linear"] == config.model.linear
-        assert row["settings"]["model.rank"] == config.model.rank
-        assert all(run["commit"] for run in row["runs"] if run["val_loss"])
-    parameters = {name: row["parameters"] for name, row in FOUND["rows"].items()}
-    for name in ("lowrank", "cola"):
-        assert abs(parameters[name] / parameters["crnet"] - 1) < 0.01
+def test_the_tables_are_the_program_s() -> None:
+    assert comparison_page.page(TEXT) == TEXT, "run docs/comparison_page.py"
+    for name in FILES:
+        assert f"<!-- finals {name} -->" in TEXT
+        assert comparison_page.finals(found(name)) in TEXT
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_study_is_the_one_that_was_run(name: str) -> None:
+    """Its rows, their settings and ranks, tuned on one grid; every run says its commit."""
+    rows, given = found(name)["rows"], of_study(name)
+    for row, figures in rows.items():
+        config = given.rows[row].config
+        assert figures["settings"]["model.linear"] == config.model.linear
+        assert figures["settings"]["model.rank"] == config.model.rank
+        assert all(run["commit"] for run in figures["runs"] if run["val_loss"])
+        aligned = given.rows[row].alignment
+        if aligned is not None and aligned.kind == "parameters" and aligned.other in rows:
+            assert abs(figures["parameters"] / rows[aligned.other]["parameters"] - 1) < 0.01
+
+
+def test_a_table_that_is_not_the_results_is_noticed() -> None:
+    first = comparison_page.finals(found("abstracts")).splitlines()[2]
+    changed = TEXT.replace(first, first.replace("| 451,392 |", "| 451,393 |"))
+    assert changed != TEXT
+    assert comparison_page.page(changed) == TEXT

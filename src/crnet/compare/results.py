@@ -357,28 +357,39 @@ def _tuning_words(found: Mapping[str, Any]) -> str:
 
 
 def tuning_table(found: Mapping[str, Any]) -> str:
-    """A row each, a column each point."""
-    first = next(iter(found["rows"].values()))
-    same = all(
-        [each["values"] for each in row["tuning"]["points"]]
-        == [each["values"] for each in first["tuning"]["points"]]
-        for row in found["rows"].values()
-    )
-    count = len(first["tuning"]["points"])
-    heads = (
-        [_values(each["values"]) for each in first["tuning"]["points"]] if same else [""] * count
-    )
-    lines = ["| | " + " | ".join(heads) + " | tokens | edge |", "|" + "---|" * (count + 3)]
+    """A column each value of the key that has the most of them (rates, as a rule), a line each row
+    and values of the others."""
+    points = [point for row in found["rows"].values() for point in row["tuning"]["points"]]
+    tried: dict[str, list[Any]] = {}
+    for point in points:
+        for key, value in point["values"].items():
+            if value not in tried.setdefault(key, []):
+                tried[key].append(value)
+    across = max(tried, key=lambda key: len(tried[key]))
+    columns = sorted(tried[across], key=lambda value: (not isinstance(value, int | float), value))
+    heads = [f"{across.rpartition('.')[2]} {value}" for value in columns]
+    lines = ["| | | " + " | ".join(heads) + " | tokens | edge |", "|" + "---|" * (len(heads) + 4)]
     for name, row in found["rows"].items():
-        cells = []
-        for each in row["tuning"]["points"]:
-            loss = "-" if each["val_loss"] is None else f"{each['val_loss']:.4f}"
-            loss = "failed" if each["problems"] else loss
-            loss = f"**{loss}**" if each["values"] == row["best"] else loss
-            cells.append(loss if same else f"{_values(each['values'])}: {loss}")
+        groups: dict[str, dict[Any, str]] = {}
+        for point in row["tuning"]["points"]:
+            others = {key: value for key, value in point["values"].items() if key != across}
+            cells = groups.setdefault(_values(others), {})
+            cells[point["values"][across]] = _tuned(point, point["values"] == row["best"])
         edge = "; ".join(row["tuning"]["edges"]) or "-"
-        lines.append("| " + " | ".join([name, *cells, f"{row['tuning']['tokens']:,}", edge]) + " |")
+        first = name, f"{row['tuning']['tokens']:,}", edge
+        for others, cells in sorted(groups.items()):
+            name, *last = first
+            line = [name, others, *(cells.get(value, "") for value in columns), *last]
+            lines.append("| " + " | ".join(line) + " |")
+            first = "", "", ""
     return "\n".join(lines)
+
+
+def _tuned(point: Mapping[str, Any], is_best: bool) -> str:
+    if point["problems"]:
+        return "failed"
+    loss = "-" if point["val_loss"] is None else f"{point['val_loss']:.4f}"
+    return f"**{loss}**" if is_best else loss
 
 
 def _values(values: Mapping[str, Any]) -> str:
