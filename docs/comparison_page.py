@@ -4,7 +4,7 @@
     python docs/comparison_page.py abstracts=FOLDER ...     # take a study's results first
 
 FOLDER: what ``crnet compare`` wrote (its ``--out``). Its rows that have begun go to benchmarks/,
-its picture of the tuning beside the page. A test writes the tables anew and compares.
+the pictures that the page names beside it. A test writes the tables anew and compares.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from crnet.compare import results
+from crnet.markdown import markdown_table
 
 HERE = Path(__file__).parent
 PAGE = HERE / "comparison.md"
@@ -25,6 +26,7 @@ BENCHMARKS = HERE.parent / "benchmarks"
 STUDIES = {
     "abstracts": "2026-11-27-abstracts.json",
     "tokens": "2026-11-27-abstracts-tokens.json",
+    "mends": "2026-11-27-abstracts-mends.json",
     "depth": "2026-11-27-abstracts-depth.json",
 }
 """By the name of a study on the page, the file of its results."""
@@ -32,7 +34,7 @@ Json = dict[str, Any]
 
 
 def take(name: str, folder: Path) -> None:
-    """Keep the rows of a study that have begun, and its picture of the tuning."""
+    """Keep the rows of a study that have begun, and the pictures of it that the page shows."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     rows = {
         row: figures
@@ -43,14 +45,16 @@ def take(name: str, folder: Path) -> None:
     kept = found | {"rows": rows, "verdicts": verdicts}
     text = json.dumps(kept, indent=1) + "\n"
     (BENCHMARKS / STUDIES[name]).write_text(text, encoding="utf-8")
-    shutil.copy(folder / "tuning.png", HERE / f"comparison-{name}-tuning.png")
+    shown = re.findall(rf"\(comparison-{name}-(\w+)\.png\)", PAGE.read_text(encoding="utf-8"))
+    for picture in shown:
+        shutil.copy(folder / f"{picture}.png", HERE / f"comparison-{name}-{picture}.png")
 
 
 def finals(found: Json) -> str:
     """Every run that has come to its end."""
     heads = ("", "best", "loss by seed", "mean", "perplexity", "bits per byte", "parameters")
     heads += ("MFLOPs a token",)
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for name, row in found["rows"].items():
         ended = [run for run in row["runs"] if run["val_loss"] is not None]
         if not ended:
@@ -66,8 +70,8 @@ def finals(found: Json) -> str:
             *(f"{means['val_perplexity']:.2f}", f"{means['val_bits_per_byte']:.4f}"),
             *(f"{row['parameters']:,}", f"{row['flops_a_token'] / 1e6:.1f}"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(heads, lines)
 
 
 def verdicts(found: Json) -> str:
@@ -76,16 +80,41 @@ def verdicts(found: Json) -> str:
     return results.verdicts(found | {"verdicts": judged})
 
 
+def streams(found: Json) -> str:
+    """The size of what each block reads, at the end of each run."""
+    lasts = {name: list(steps.values())[-1]["blocks"] for name, steps in found["runs"].items()}
+    count = max(map(len, lasts.values()))
+    lines = [
+        [name, *(f"{block['stream']:.2f}" for block in blocks)] for name, blocks in lasts.items()
+    ]
+    return markdown_table(["block reads", *(str(number + 1) for number in range(count))], lines)
+
+
+def carries(found: Json) -> str:
+    """What CR-Net's maps made of their carries, by position and block, at the end."""
+    blocks = list(found["runs"]["crnet"].values())[-1]["blocks"]
+    lines = []
+    for position in ("q", "k", "v", "o", "gate", "up", "down"):
+        maps = [block[position] for block in blocks[1:]]
+        lines.append([position, *(f"{each['gain']:.2f}, {each['carried']:.0%}" for each in maps)])
+    heads = ["", *(f"block {number}" for number in range(2, len(blocks) + 1))]
+    return markdown_table(heads, lines)
+
+
+ANATOMY = "2026-11-27-anatomy.json"
+"""Of ``runs/anatomy.py``."""
 TABLES = {"finals": finals, "verdicts": verdicts, "tuning": results.tuning_table}
 
 
 def page(text: str) -> str:
     """With the tables as the results have them."""
-    for study, file in STUDIES.items():
+    wanted = [(study, file, TABLES) for study, file in STUDIES.items()]
+    wanted.append(("anatomy", ANATOMY, {"streams": streams, "carries": carries}))
+    for study, file, tables in wanted:
         if not (BENCHMARKS / file).exists():
             continue
         found = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
-        for name, table in TABLES.items():
+        for name, table in tables.items():
             pattern = rf"(<!-- {name} {study} -->\n).*?(\n<!-- end -->)"
             filled = table(found)
             text = re.sub(pattern, lambda m, t=filled: f"{m[1]}\n{t}\n{m[2]}", text, flags=re.S)

@@ -41,6 +41,7 @@ from crnet.data.rows import validation_batches
 from crnet.inference.load import load_model
 from crnet.inference.on_rows import rows_of
 from crnet.linears._maps import LinearMap
+from crnet.markdown import markdown_table
 from crnet.model.language_model import LanguageModel
 from crnet.storage import checkpoint
 from crnet.storage.checkpoint import Checkpoint
@@ -151,23 +152,20 @@ def anatomy(saved: Checkpoint, rows: int) -> dict[str, Any]:
         ]  # fmt: skip
         looks[block, position]["gradient"] = rms(torch.cat(gradients))
         blocks[block][position] = looks[block, position]
-    return {"loss": loss.item(), "blocks": blocks}
+    return {"loss": round(loss.item(), 4), "blocks": blocks}
 
 
 def render(name: str, found: dict[str, Any]) -> str:
     """The last checkpoint, means over the positions of a block."""
     step, last = list(found.items())[-1]
     keys = ("gain", "carried", "cosine", "size", "rank", "carry_rank", "added_rank", "gradient")
-    lines = [
-        f"{name}, step {step}: loss {last['loss']:.4f}",
-        "| block | stream | its gradient | " + " | ".join(keys) + " |",
-        "|---|" + "---|" * (len(keys) + 2),
-    ]
+    lines = []
     for number, block in enumerate(last["blocks"], 1):
         means = [statistics.fmean(block[position][key] for position in POSITIONS) for key in keys]
         figures = [block["stream"], block["stream_gradient"], *means]
-        lines.append(f"| {number} | " + " | ".join(f"{each:.3g}" for each in figures) + " |")
-    return "\n".join(lines)
+        lines.append([str(number), *(f"{each:.3g}" for each in figures)])
+    table = markdown_table(["block", "stream", "its gradient", *keys], lines)
+    return f"{name}, step {step}: loss {last['loss']:.4f}\n{table}"
 
 
 def tiny_run(folder: Path) -> Path:
@@ -191,6 +189,15 @@ def report(runs: list[Path], rows: int) -> dict[str, Any]:
     return {"study": "anatomy", "rows": rows, "code": describe_code(), "runs": found}
 
 
+def rounded(tree: Any) -> Any:
+    """Four digits of every number: there are thousands."""
+    if isinstance(tree, dict):
+        return {key: rounded(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [rounded(value) for value in tree]
+    return float(f"{tree:.4g}") if isinstance(tree, float) else tree
+
+
 def main() -> None:
     given = arguments()
     if given.quick:
@@ -199,7 +206,7 @@ def main() -> None:
     else:
         found = report(given.run, given.rows)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    given.out.write_text(json.dumps(rounded(found)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

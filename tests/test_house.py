@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "crnet"
 
 # From the bottom up. A module imports from lower lines, and from its own room.
 LAYERS = [
-    ["errors", "specs"],
+    ["errors", "markdown", "specs"],
     ["kernels", "registry"],
     ["layers"],
     ["linears", "streams", "optimizers", "schedules", "trackers"],

@@ -24,6 +24,7 @@ from crnet.cost.step import step_flops
 from crnet.cost.workload import Workload, workload
 from crnet.errors import ConfigError
 from crnet.inference.on_rows import evaluate_on_compat
+from crnet.markdown import markdown_table
 from crnet.report.folder import MANIFEST
 from crnet.storage import metrics
 from crnet.storage.checkpoint import newest
@@ -253,7 +254,7 @@ def table(found: Mapping[str, Any]) -> str:
         *(["as GaLore's script"] if compat else []),
         *(["printed", "why not the same"] if printed else []),
     ]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for name, row in found["rows"].items():
         reach = row["to_reach"] or {}
         cells = [
@@ -271,8 +272,8 @@ def table(found: Mapping[str, Any]) -> str:
             *([_spread(row, "compat_perplexity", 2)] if compat else []),
             *([_number(row["published"]), row["note"] or "-"] if printed else []),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(heads, lines)
 
 
 def _label(name: str, row: Mapping[str, Any]) -> str:
@@ -328,19 +329,16 @@ def _rule_words(found: Mapping[str, Any]) -> str:
 
 def verdicts(found: Mapping[str, Any]) -> str:
     """One line a pair."""
-    lines = [
-        "| | beside | difference, nats | p | p, corrected | called |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ("", "beside", "difference, nats", "p", "p, corrected", "called")
+    lines = []
     for each in found["verdicts"]:
         difference = "-" if each["difference"] is None else f"{each['difference']:+.4f}"
         p, corrected = (
             "-" if each[key] is None else f"{each[key]:.2g}" for key in ("p", "p_corrected")
         )
         called = each["called"] if each["called"] != "not judged" else f"not judged: {each['why']}"
-        cells = (each["row"], each["other"], difference, p, corrected, called)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append((each["row"], each["other"], difference, p, corrected, called))
+    return markdown_table(heads, lines)
 
 
 def _tuning_words(found: Mapping[str, Any]) -> str:
@@ -367,8 +365,8 @@ def tuning_table(found: Mapping[str, Any]) -> str:
                 tried[key].append(value)
     across = max(tried, key=lambda key: len(tried[key]))
     columns = sorted(tried[across], key=lambda value: (not isinstance(value, int | float), value))
-    heads = [f"{across.rpartition('.')[2]} {value}" for value in columns]
-    lines = ["| | | " + " | ".join(heads) + " | tokens | edge |", "|" + "---|" * (len(heads) + 4)]
+    rates = [f"{across.rpartition('.')[2]} {value}" for value in columns]
+    lines = []
     for name, row in found["rows"].items():
         groups: dict[str, dict[Any, str]] = {}
         for point in row["tuning"]["points"]:
@@ -379,10 +377,9 @@ def tuning_table(found: Mapping[str, Any]) -> str:
         first = name, f"{row['tuning']['tokens']:,}", edge
         for others, cells in sorted(groups.items()):
             name, *last = first
-            line = [name, others, *(cells.get(value, "") for value in columns), *last]
-            lines.append("| " + " | ".join(line) + " |")
+            lines.append([name, others, *(cells.get(value, "") for value in columns), *last])
             first = "", "", ""
-    return "\n".join(lines)
+    return markdown_table(["", "", *rates, "tokens", "edge"], lines)
 
 
 def _tuned(point: Mapping[str, Any], is_best: bool) -> str:
@@ -412,7 +409,7 @@ def failures(found: Mapping[str, Any]) -> list[str]:
 def runs_table(found: Mapping[str, Any]) -> str:
     """Every final run, with what it was run with."""
     heads = ("run", "loss", "bits per byte", "tokens/s", "commit", "torch", "processor")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for row in found["rows"].values():
         for run in row["runs"]:
             loss, bits, rate = run["val_loss"], run["val_bits_per_byte"], run["tokens_per_s"]
@@ -428,5 +425,5 @@ def runs_table(found: Mapping[str, Any]) -> str:
                 str(run.get("torch", "-")),
                 str(run.get("device", "-")),
             )
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return markdown_table(heads, lines)

@@ -31,6 +31,7 @@ from crnet.config.serialize import flags, from_dict, override, read_json, to_dic
 from crnet.cost.step import step_flops
 from crnet.cost.workload import workload
 from crnet.errors import ConfigError
+from crnet.markdown import markdown_table
 from crnet.report.plots import new_figure, save_both
 from crnet.storage import metrics
 from crnet.storage.checkpoint import folder_of
@@ -379,10 +380,7 @@ def table(study: Sweep) -> str:
     keys = [key for key, _ in study.points[0]]
     seeds = max((len(row["losses"]) for row in study.ranked()), default=1)
     loss = "validation loss" + (f" (mean of {seeds} seeds)" if seeds > 1 else "")
-    lines = [
-        "| " + " | ".join([*keys, "steps", loss, "bits per byte", ""]) + " |",
-        "|" + "---|" * (len(keys) + 4),
-    ]
+    lines = []
     for row in study.ranked():
         bits = row["val_bits_per_byte"]
         spread = [each for each in row["losses"] if each is not None]
@@ -396,8 +394,8 @@ def table(study: Sweep) -> str:
             "-" if bits is None else f"{bits:.4f}",
             note,
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table([*keys, "steps", loss, "bits per byte", ""], lines)
 
 
 def picture(study: Sweep) -> Path | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 
+from crnet.markdown import markdown_table
 from crnet.paper.cells import Cell, PaperTable
 from crnet.paper.errata import ERRATA
 from crnet.paper.tables import TABLES, table
@@ -47,10 +47,11 @@ def markdown() -> str:
     for paper_table in map(table, TABLES):
         lines += [f"## {paper_table.title}", ""]
         lines += [*(f"- {note}" for note in paper_table.notes), ""]
-        lines += _grid([HEAD, *map(_texts, paper_table.cells)])
+        lines += [markdown_table(HEAD, map(_texts, paper_table.cells)), ""]
     lines += ["## Elsewhere in the paper", ""]
     errata = [(each.place, each.printed, each.meant, each.why) for each in ERRATA]
-    return "\n".join(lines + _grid([("place", "printed", "meant", "why"), *errata]))
+    heads = ("place", "printed", "meant", "why")
+    return "\n".join([*lines, markdown_table(heads, errata), ""])
 
 
 def _texts(cell: Cell) -> tuple[str, ...]:
@@ -66,8 +67,3 @@ def _texts(cell: Cell) -> tuple[str, ...]:
 
 def _wrapped(label: str, sentence: str) -> list[str]:
     return textwrap.wrap(label + sentence, 100, subsequent_indent=" " * len(label))
-
-
-def _grid(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = [" | ".join(each.replace("|", "\\|") for each in row) for row in rows]
-    return [f"| {line} |" for line in [head, " | ".join("---" for _ in rows[0]), *body]] + [""]
