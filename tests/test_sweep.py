@@ -69,7 +69,7 @@ def test_an_interrupted_sweep_goes_on(specs: dict[str, str], tmp_path: Path) -> 
     assert not (out / "sweep.json").exists()
     assert not (out / "lr3e-3").exists(), "another run was begun"
     saved = rows_of(first)[-1]["step"]
-    assert 5 <= saved < 60
+    assert 4 <= saved < 60  # the first row is of step 0
     again, _ = finished(specs, out)
     assert set(again) == set(specs)
     for name, figures in again.items():

@@ -54,8 +54,9 @@ def loss_bytes(micro_batch: MicroBatch) -> int:
     chunk = rows * shape.vocab_size
     if e == 4:  # a chunk's logits and their logarithms
         forward = 8 * chunk
-    elif micro_batch.device_type == "cpu":  # its logits, a part of them widened, its logarithms
-        forward = e * chunk + 8 * min(chunk, PART_ITEMS)
+    elif micro_batch.device_type == "cpu":  # both widened, or parts of them; or parts of a product
+        parts = e * chunk + 8 * PART_ITEMS if chunk > PART_ITEMS else 8 * chunk
+        forward = max(parts, e * chunk + e * min(head, PART_ITEMS))
     else:  # both widened; or its slope, and a product to be added
         forward = max(8 * chunk, e * chunk + e * head)
     forward += 2 * head if micro_batch.is_mixed else 0  # the head's cast

@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 _AMX = torch.cpu._is_amx_tile_supported() if hasattr(torch.cpu, "_is_amx_tile_supported") else False
 
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 
 def causal_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
     """Return ``softmax(q k^T / sqrt(H)) v`` over each token and those before it.
@@ -24,7 +27,8 @@ def causal_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
     Returns:
         (B, N, T, H), in their dtype.
     Cost: 4 B N T^2 H FLOPs, all pairs counted. Keeps the arguments, the result, and one number
-        in fp32 a row and head. With 16 bits on a CPU without AMX one fp32 copy of each for a while.
+        in fp32 a row and head. With 16 bits on a CPU without AMX, and for a while, copies in fp32
+        of one sequence.
     """
     if _is_faster_in_fp32(q_BNTH):
         return _InFp32.apply(q_BNTH, k_BNTH, v_BNTH)
@@ -43,20 +47,32 @@ def _is_faster_in_fp32(q_BNTH: Tensor) -> bool:
 
 
 class _InFp32(torch.autograd.Function):
+    """A sequence at a time: the copies in fp32 are those of one."""
+
     @staticmethod
     def forward(ctx, q_BNTH, k_BNTH, v_BNTH):
-        mixed_BNTH, logs_BNT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BNTH.float(), k_BNTH.float(), v_BNTH.float(), 0.0, True
-        )
-        mixed_BNTH = mixed_BNTH.to(q_BNTH.dtype)
+        batch, heads, length, _ = q_BNTH.shape
+        mixed_BNTH = torch.empty_like(q_BNTH)
+        logs_BNT = q_BNTH.new_empty(batch, length, heads, dtype=torch.float32).transpose(1, 2)
+        for one in _each(batch):
+            qkv = (each[one].float() for each in (q_BNTH, k_BNTH, v_BNTH))
+            mixed_BNTH[one], logs_BNT[one] = _flash(*qkv, 0.0, True)
         ctx.save_for_backward(q_BNTH, k_BNTH, v_BNTH, mixed_BNTH, logs_BNT)
         return mixed_BNTH
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dmixed_BNTH):
-        *wide, logs_BNT = ctx.saved_tensors
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dmixed_BNTH.float(), *(each.float() for each in wide), logs_BNT, 0.0, True
-        )
-        return tuple(each.to(dmixed_BNTH.dtype) for each in found)
+        *narrow, logs_BNT = ctx.saved_tensors
+        found = tuple(map(torch.empty_like, narrow[:3]))
+        for one in _each(len(dmixed_BNTH)):
+            wide = (each[one].float() for each in (dmixed_BNTH, *narrow))
+            for into, gradient in zip(
+                found, _flash_backward(*wide, logs_BNT[one], 0.0, True), strict=True
+            ):
+                into[one] = gradient
+        return found
+
+
+def _each(count: int) -> list[slice]:
+    return [slice(idx, idx + 1) for idx in range(count)]
