@@ -215,7 +215,9 @@ def test_counting_bytes_leaves_no_graph_behind(plan: RecomputePlan):
 
     before = outputs(), len(alive())
     assert saved_bytes(model, random_tokens(2, 9), random_tokens(2, 9)) > 0
-    assert (outputs(), len(alive())) == before
+    after = outputs(), len(alive())
+    # Fewer where what an earlier test left goes meanwhile.
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
 
 
 @pytest.mark.parametrize("plan", [PACKED, REPLAYED])
