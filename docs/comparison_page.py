@@ -59,16 +59,16 @@ def finals(found: Json) -> str:
         ended = [run for run in row["runs"] if run["val_loss"] is not None]
         if not ended:
             continue
-        best = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row["best"].items())
         losses = [run["val_loss"] for run in ended]
         means = {
             key: statistics.mean(run[key] for run in ended)
             for key in ("val_loss", "val_perplexity", "val_bits_per_byte")
         }
         cells = [
-            *(name, best, " / ".join(f"{loss:.4f}" for loss in losses), f"{means['val_loss']:.4f}"),
-            *(f"{means['val_perplexity']:.2f}", f"{means['val_bits_per_byte']:.4f}"),
-            *(f"{row['parameters']:,}", f"{row['flops_a_token'] / 1e6:.1f}"),
+            *(name, results.in_words(row["best"]), " / ".join(f"{loss:.4f}" for loss in losses)),
+            *(f"{means['val_loss']:.4f}", f"{means['val_perplexity']:.2f}"),
+            *(f"{means['val_bits_per_byte']:.4f}", f"{row['parameters']:,}"),
+            f"{row['flops_a_token'] / 1e6:.1f}",
         ]
         lines.append(cells)
     return markdown_table(heads, lines)
@@ -94,7 +94,7 @@ def carries(found: Json) -> str:
     """What CR-Net's maps made of their carries, by position and block, at the end."""
     blocks = list(found["runs"]["crnet"].values())[-1]["blocks"]
     lines = []
-    for position in ("q", "k", "v", "o", "gate", "up", "down"):
+    for position in (key for key, value in blocks[0].items() if isinstance(value, dict)):
         maps = [block[position] for block in blocks[1:]]
         lines.append([position, *(f"{each['gain']:.2f}, {each['carried']:.0%}" for each in maps)])
     heads = ["", *(f"block {number}" for number in range(2, len(blocks) + 1))]

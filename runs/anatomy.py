@@ -47,7 +47,6 @@ from crnet.storage import checkpoint
 from crnet.storage.checkpoint import Checkpoint
 from crnet.storage.manifest import describe_code
 
-POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
 Look = dict[str, float]
 
 
@@ -161,7 +160,8 @@ def render(name: str, found: dict[str, Any]) -> str:
     keys = ("gain", "carried", "cosine", "size", "rank", "carry_rank", "added_rank", "gradient")
     lines = []
     for number, block in enumerate(last["blocks"], 1):
-        means = [statistics.fmean(block[position][key] for position in POSITIONS) for key in keys]
+        maps = [value for value in block.values() if isinstance(value, dict)]
+        means = [statistics.fmean(each[key] for each in maps) for key in keys]
         figures = [block["stream"], block["stream_gradient"], *means]
         lines.append([str(number), *(f"{each:.3g}" for each in figures)])
     table = markdown_table(["block", "stream", "its gradient", *keys], lines)
@@ -181,10 +181,11 @@ def tiny_run(folder: Path) -> Path:
 def report(runs: list[Path], rows: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for run in runs:
-        folders = sorted(checkpoint.found(run), key=lambda folder: int(folder.name.split("_")[-1]))
-        steps = {folder.name.split("_")[-1]: checkpoint.load(folder) for folder in folders}
         name = f"{run.parent.name}/{run.name}" if run.name in found else run.name
-        found[name] = {step: anatomy(saved, rows) for step, saved in steps.items()}
+        found[name] = {
+            folder.name.removeprefix("step_"): anatomy(checkpoint.load(folder), rows)
+            for folder in reversed(checkpoint.found(run))
+        }
         print(render(name, found[name]), end="\n\n")
     return {"study": "anatomy", "rows": rows, "code": describe_code(), "runs": found}
 

@@ -277,7 +277,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def _label(name: str, row: Mapping[str, Any]) -> str:
-    best = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row["best"].items())
+    best = in_words(row["best"])
     return name + (f" ({best})" if best else "")
 
 
@@ -371,7 +371,7 @@ def tuning_table(found: Mapping[str, Any]) -> str:
         groups: dict[str, dict[Any, str]] = {}
         for point in row["tuning"]["points"]:
             others = {key: value for key, value in point["values"].items() if key != across}
-            cells = groups.setdefault(_values(others), {})
+            cells = groups.setdefault(in_words(others), {})
             cells[point["values"][across]] = _tuned(point, point["values"] == row["best"])
         edge = "; ".join(row["tuning"]["edges"]) or "-"
         first = name, f"{row['tuning']['tokens']:,}", edge
@@ -389,7 +389,8 @@ def _tuned(point: Mapping[str, Any], is_best: bool) -> str:
     return f"**{loss}**" if is_best else loss
 
 
-def _values(values: Mapping[str, Any]) -> str:
+def in_words(values: Mapping[str, Any]) -> str:
+    """A point of a grid, keys without their sections."""
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in values.items())
 
 
@@ -399,7 +400,7 @@ def failures(found: Mapping[str, Any]) -> list[str]:
     for name, row in found["rows"].items():
         for each in (row["tuning"] or {}).get("points", ()):
             for problem in each["problems"]:
-                lines.append(f"{name}, {_values(each['values'])}: {problem}")
+                lines.append(f"{name}, {in_words(each['values'])}: {problem}")
         for run in row["runs"]:
             if run["problem"]:
                 lines.append(f"{name}, seed {run['seed']}: {run['problem']}")

@@ -52,13 +52,11 @@ def loss_bytes(micro_batch: MicroBatch) -> int:
     head = shape.vocab_size * shape.hidden_size
     rows = min(micro_batch.rows, chunk_rows(shape.vocab_size, micro_batch.device_type))
     chunk = rows * shape.vocab_size
-    if e == 4:  # a chunk's logits and their logarithms
-        forward = 8 * chunk
-    elif micro_batch.device_type == "cpu":  # both widened, or parts of them; or parts of a product
-        parts = e * chunk + 8 * PART_ITEMS if chunk > PART_ITEMS else 8 * chunk
-        forward = max(parts, e * chunk + e * min(head, PART_ITEMS))
-    else:  # both widened; or its slope, and a product to be added
-        forward = max(8 * chunk, e * chunk + e * head)
+    forward = 8 * chunk  # a chunk's logits and their logarithms, fp32
+    if e < 4:  # on a CPU parts of them; or its slope, and a product to be added, or parts of that
+        part = PART_ITEMS if micro_batch.device_type == "cpu" else max(chunk, head)
+        forward = forward if chunk <= part else e * chunk + 8 * part
+        forward = max(forward, e * chunk + e * min(head, part))
     forward += 2 * head if micro_batch.is_mixed else 0  # the head's cast
     backward = 2 * head if micro_batch.precision == "bf16" else 0  # the gradient in its own dtype
     return max(forward, backward)
