@@ -73,6 +73,7 @@ class Comparison:
         self.begun = False
         """Whether the folder is this study's."""
         self._asked: dict[str, Any] = {}
+        self._trials: dict[tuple[str, Values, int], Trial] = {}
 
     @property
     def rows(self) -> list[Row]:
@@ -115,7 +116,12 @@ class Comparison:
         ]
 
     def trial(self, row: Row, point: Values, seed: int) -> Trial:
-        """A run of a row."""
+        """A run of a row; made once, for a study asks for each a dozen times."""
+        if (row.name, point, seed) not in self._trials:
+            self._trials[row.name, point, seed] = self._trial(row, point, seed)
+        return self._trials[row.name, point, seed]
+
+    def _trial(self, row: Row, point: Values, seed: int) -> Trial:
         config = row.config
         for key, value in point:
             config = with_text(config, key, str(value))
