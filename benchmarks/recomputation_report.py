@@ -35,6 +35,7 @@ from crnet.cost.micro_batch import MicroBatch
 from crnet.cost.parameters import num_parameters
 from crnet.cost.peak import peak_bytes
 from crnet.cost.plan_choice import least_peak
+from crnet.markdown import markdown_table
 from crnet.recompute.plan import RecomputePlan, parse_layers
 from crnet.storage import manifest
 
@@ -200,9 +201,8 @@ def read(files: Sequence[Path]) -> dict[str, list[Json]]:
     return {part: list(found.values()) for part, found in reports.items()}
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def _grid(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    return markdown_table([*map(str, head)], [[*map(str, row)] for row in rows])
 
 
 def _origin(report: Json) -> str:
