@@ -352,6 +352,26 @@ def test_a_tie_is_called_a_tie() -> None:
     assert verdicts.welch([1.0, 1.0], [2.0, 2.0]) == 0.0
 
 
+@pytest.mark.parametrize("num_seeds", [2, 3, 6])
+def test_what_a_rule_can_detect(num_seeds: int) -> None:
+    """A difference a little larger is called, a little smaller one is a tie."""
+    seeds = f"seeds = {list(range(num_seeds))}"
+    text = TEXT.replace("seeds = [0, 1, 2]", seeds) + '[rows.third]\nmodel.linear = "cola"\n'
+    wanted = study.parse("test", text)
+    least = verdicts.detectable(wanted)
+    assert least is not None
+    spread = [1.0, -1.0] + [0.0] * (num_seeds - 2)
+    unit = [each / statistics.stdev(spread) for each in spread]  # of deviation 1
+    for times, called in ((1.01, "worse"), (0.99, "tie")):
+        losses: dict[str, list[float | None]] = {"full": [*unit], "third": [*unit]}
+        losses["crnet"] = [each + least * times for each in unit]
+        assert wanted.rule is not None
+        found = verdicts.judge(losses, wanted.pairs(), wanted.rule)
+        assert [each.called for each in found] == [called, "tie"]
+    nothing = study.parse("test", TEXT.replace("[rule]\nlevel = 0.05\n", ""))
+    assert verdicts.detectable(nothing) is None
+
+
 def test_the_rule_errs_as_often_as_it_says() -> None:
     """Of studies in which no row is better, about the level's share calls one so."""
     chance = random.Random(0)
@@ -440,3 +460,5 @@ def test_what_is_foreseen(tmp_path: Path) -> None:
     known(within, "full", {1e-3: 3.0, 2e-3: 2.0, 4e-3: 2.5})
     assert foreseen(within, 2)["rows"]["full"]["steps"] == 30 + 2 * 40
     assert "runs left" in lines(found)[0]
+    assert found["jobs"] == 2
+    assert lines(found)[-1].startswith("the rule, 3 seeds and 1 pair: about 2.3 deviations")

@@ -36,7 +36,7 @@ def compare(
     Parameters
     ----------
     study
-        A built-in study (small, smoke, paper-60m, ...; docs/comparison.md) or a .toml file.
+        A built-in study (small, smoke, paper-60m, ...; docs/compare.md) or a .toml file.
     out
         Folder of the study; the same one goes on where it stopped. None: a new one under
         crnet-runs.
@@ -59,7 +59,7 @@ def compare(
     if dry_run or report:
         found.grow_as_known()
     if dry_run:
-        _foresee(found, as_json)
+        _foresee(found, jobs, as_json)
         return
     if report and not found.out.is_dir():
         raise ConfigError(f"--out {out}: there is no such study; name its folder")
@@ -110,10 +110,10 @@ def _say(row: dict[str, Any]) -> None:
     print(line, file=sys.stderr)
 
 
-def _foresee(study: Comparison, as_json: bool) -> None:
+def _foresee(study: Comparison, jobs: int | None, as_json: bool) -> None:
     from crnet.compare import foresight
 
-    found = foresight.foreseen(study, None)
+    found = foresight.foreseen(study, jobs)
     if as_json:
         print_json(found)
         return

@@ -9,6 +9,7 @@ from crnet.compare.processes import jobs_of
 from crnet.compare.results import cost, step_tokens
 from crnet.compare.study import Row, last_step
 from crnet.compare.sweep import steps_at
+from crnet.compare.verdicts import detectable
 from crnet.cost.step import step_flops
 from crnet.cost.workload import Workload, workload
 from crnet.inference.load import pick_device
@@ -35,6 +36,9 @@ def foreseen(of: Comparison, jobs: int | None) -> dict[str, Any]:
         "jobs": jobs,
         **{key: sum(row[key] for row in rows.values()) for key in keys},
         "hours": total,
+        "seeds": len(of.study.seeds),
+        "pairs": len(of.study.pairs()),
+        "detectable": detectable(of.study),
     }
 
 
@@ -119,4 +123,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['disk_bytes'] / 2**30:.1f} GiB on disk; hours with {found['jobs']} at a time: "
         f"{hours} (a step {' or '.join(how)})"
     )
+    if found["detectable"]:
+        pairs = f"{found['pairs']} pair{'s' * (found['pairs'] > 1)}"
+        shown.append(
+            f"the rule, {found['seeds']} seeds and {pairs}: about {found['detectable']:.1f} "
+            "deviations of a seed's loss must lie between two rows; with more seeds, or fewer "
+            "pairs, less is enough"
+        )
     return shown

@@ -17,7 +17,7 @@ from typing import Any
 from crnet.compare.comparison import Comparison
 from crnet.compare.study import Compat, Row, last_step
 from crnet.compare.sweep import Trial, steps_at
-from crnet.compare.verdicts import judge
+from crnet.compare.verdicts import detectable, judge
 from crnet.config.serialize import flags, read_json
 from crnet.cost.peak import peak_bytes
 from crnet.cost.step import step_flops
@@ -60,6 +60,7 @@ def results(of: Comparison) -> Values:
         "seeds": study.seeds,
         "reference": study.reference,
         "rule": dataclasses.asdict(study.rule) if study.rule else None,
+        "detectable": detectable(study),
         "tuning": dataclasses.asdict(study.tuning) if study.tuning else None,
         "compat": dataclasses.asdict(study.compat) if study.compat else None,
         "grown": of.grown,
@@ -323,7 +324,9 @@ def _rule_words(found: Mapping[str, Any]) -> str:
     rule = found["rule"]
     return (
         f"Welch's t-test on the final losses, level {rule['level']:g} for all pairs together "
-        f"(Holm), and {rule['least_nats']:g} nats at least; fixed in the study's file."
+        f"(Holm), and {rule['least_nats']:g} nats at least; fixed in the study's file. With "
+        f"{len(found['seeds'])} seeds and {len(found['verdicts'])} pairs about "
+        f"{found['detectable']:.1f} deviations of a seed's loss must lie between two rows."
     )
 
 
