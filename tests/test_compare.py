@@ -460,5 +460,7 @@ def test_what_is_foreseen(tmp_path: Path) -> None:
     known(within, "full", {1e-3: 3.0, 2e-3: 2.0, 4e-3: 2.5})
     assert foreseen(within, 2)["rows"]["full"]["steps"] == 30 + 2 * 40
     assert "runs left" in lines(found)[0]
+    whole = foreseen(of(tmp_path / "whole", TEXT.replace("share = 0.25", "share = 1.0")), 2)
+    assert (whole["rows"]["full"]["runs"], whole["rows"]["full"]["steps"]) == (3 + 2, 5 * 40)
     assert found["jobs"] == 2
     assert lines(found)[-1].startswith("the rule, 3 seeds and 1 pair: about 2.3 deviations")

@@ -57,6 +57,8 @@ def _row(of: Comparison, row: Row) -> dict[str, Any]:
         if trial and of.figures(row, trial, None) is not None:
             continue
         tuned = bool(study.tuning) and idx < (study.tuning.seeds if study.tuning else 0)
+        if tuned and first == whole:
+            continue  # its trial is the whole run
         steps += whole - first if tuned else whole
         runs, folders = runs + 1, folders + (not tuned)
     every = evaluation_steps(first or whole, whole)
