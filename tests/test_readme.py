@@ -60,17 +60,18 @@ def test_shares_of_full_rank() -> None:
     assert told.format(*shares) in words
 
 
-def test_comparison() -> None:
-    found = report("2026-11-20-comparison.json")
-    for name, rate in found["best_lr"].items():
-        values = [found["final"][f"final-{name}-seed{seed}"]["val_perplexity"] for seed in range(3)]
-        row = (
-            f"| {name} | {found['block_parameters'][name] / 1e6:.2f}M | {rate:g} | "
-            f"{' / '.join(f'{value:.2f}' for value in values)} | {statistics.mean(values):.2f} | "
-            f"{statistics.stdev(values):.2f} |"
-        )
-        assert row in TEXT, row
-    assert len(found["best_lr"]) == 3
+@pytest.mark.parametrize("name", ["full", "lowrank", "cola", "crnet"])
+def test_comparison(name: str) -> None:
+    found = report("2026-11-27-abstracts.json")["rows"][name]
+    losses, perplexities = (
+        [run[key] for run in found["runs"]] for key in ("val_loss", "val_perplexity")
+    )
+    row = (
+        f"| {name} | {found['parameters']:,} | {found['best']['optimizer.lr']:g} | "
+        f"{found['best']['model.init_std']:g} | {' / '.join(f'{loss:.4f}' for loss in losses)} | "
+        f"{statistics.mean(losses):.4f} | {statistics.mean(perplexities):.2f} |"
+    )
+    assert row in TEXT, row
 
 
 @pytest.mark.parametrize(
