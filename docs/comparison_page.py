@@ -28,6 +28,8 @@ STUDIES = {
     "tokens": "2026-11-27-abstracts-tokens.json",
     "mends": "2026-11-27-abstracts-mends.json",
     "depth": "2026-11-27-abstracts-depth.json",
+    "confirm": "2026-11-27-abstracts-confirm.json",
+    "width": "2026-11-27-abstracts-width.json",
 }
 """By the name of a study on the page, the file of its results."""
 Json = dict[str, Any]
@@ -39,7 +41,7 @@ def take(name: str, folder: Path) -> None:
     rows = {
         row: figures
         for row, figures in found["rows"].items()
-        if any(point["val_loss"] is not None for point in figures["tuning"]["points"])
+        if any(each["val_loss"] is not None for each in begun(figures))
     }
     verdicts = [each for each in found["verdicts"] if {each["row"], each["other"]} <= rows.keys()]
     kept = found | {"rows": rows, "verdicts": verdicts}
@@ -48,6 +50,11 @@ def take(name: str, folder: Path) -> None:
     shown = re.findall(rf"\(comparison-{name}-(\w+)\.png\)", PAGE.read_text(encoding="utf-8"))
     for picture in shown:
         shutil.copy(folder / f"{picture}.png", HERE / f"comparison-{name}-{picture}.png")
+
+
+def begun(row: Json) -> list[Json]:
+    """A row's trials, or its runs where nothing is tuned."""
+    return row["tuning"]["points"] if row["tuning"] else row["runs"]
 
 
 def finals(found: Json) -> str:
@@ -64,8 +71,11 @@ def finals(found: Json) -> str:
             key: statistics.mean(run[key] for run in ended)
             for key in ("val_loss", "val_perplexity", "val_bits_per_byte")
         }
+        best = row["best"] or {
+            "optimizer.lr": row["settings"]["optimizer.lr"]
+        }  # not tuned: as given
         cells = [
-            *(name, results.in_words(row["best"]), " / ".join(f"{loss:.4f}" for loss in losses)),
+            *(name, results.in_words(best), " / ".join(f"{loss:.4f}" for loss in losses)),
             *(f"{means['val_loss']:.4f}", f"{means['val_perplexity']:.2f}"),
             *(f"{means['val_bits_per_byte']:.4f}", f"{row['parameters']:,}"),
             f"{row['flops_a_token'] / 1e6:.1f}",
@@ -115,6 +125,8 @@ def page(text: str) -> str:
             continue
         found = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
         for name, table in tables.items():
+            if f"<!-- {name} {study} -->" not in text:
+                continue
             pattern = rf"(<!-- {name} {study} -->\n).*?(\n<!-- end -->)"
             filled = table(found)
             text = re.sub(pattern, lambda m, t=filled: f"{m[1]}\n{t}\n{m[2]}", text, flags=re.S)
