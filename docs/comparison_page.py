@@ -41,7 +41,7 @@ def take(name: str, folder: Path) -> None:
     rows = {
         row: figures
         for row, figures in found["rows"].items()
-        if any(each["val_loss"] is not None for each in begun(figures))
+        if any(each["val_loss"] is not None for each in _tried(figures))
     }
     verdicts = [each for each in found["verdicts"] if {each["row"], each["other"]} <= rows.keys()]
     kept = found | {"rows": rows, "verdicts": verdicts}
@@ -52,7 +52,7 @@ def take(name: str, folder: Path) -> None:
         shutil.copy(folder / f"{picture}.png", HERE / f"comparison-{name}-{picture}.png")
 
 
-def begun(row: Json) -> list[Json]:
+def _tried(row: Json) -> list[Json]:
     """A row's trials, or its runs where nothing is tuned."""
     return row["tuning"]["points"] if row["tuning"] else row["runs"]
 
@@ -71,9 +71,8 @@ def finals(found: Json) -> str:
             key: statistics.mean(run[key] for run in ended)
             for key in ("val_loss", "val_perplexity", "val_bits_per_byte")
         }
-        best = row["best"] or {
-            "optimizer.lr": row["settings"]["optimizer.lr"]
-        }  # not tuned: as given
+        rate = {key: row["settings"][key] for key in row["settings"] if key == "optimizer.lr"}
+        best = row["best"] or rate  # where nothing is tuned
         cells = [
             *(name, results.in_words(best), " / ".join(f"{loss:.4f}" for loss in losses)),
             *(f"{means['val_loss']:.4f}", f"{means['val_perplexity']:.2f}"),
@@ -125,11 +124,10 @@ def page(text: str) -> str:
             continue
         found = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
         for name, table in tables.items():
-            if f"<!-- {name} {study} -->" not in text:
-                continue
             pattern = rf"(<!-- {name} {study} -->\n).*?(\n<!-- end -->)"
-            filled = table(found)
-            text = re.sub(pattern, lambda m, t=filled: f"{m[1]}\n{t}\n{m[2]}", text, flags=re.S)
+            text = re.sub(
+                pattern, lambda m, t=table, f=found: f"{m[1]}\n{t(f)}\n{m[2]}", text, flags=re.S
+            )
     return text
 
 

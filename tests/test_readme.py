@@ -7,6 +7,7 @@ stand behind each line: here are its tables, its figures and its drawing.
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import statistics
@@ -114,13 +115,15 @@ def test_recomputation() -> None:
         assert row in TEXT, row
 
 
-def test_rates_of_the_demo() -> None:
-    for name in ("crnet", "full"):
-        (rate, scale) = re.findall(
-            rf"^\| {name} \| [\d,]+ \| (\S+) \| (\S+) \| [\d,.]+ \|", TEXT, re.M
-        )[0]
-        config = sides_of([name])[name]
-        assert (float(rate), float(scale)) == (config.optimizer.lr, config.model.init_std)
+@pytest.mark.parametrize("name", ["crnet", "full", "lowrank"])
+def test_the_demo_s_table(name: str) -> None:
+    (rate, scale, after) = re.findall(
+        rf"^\| {name} \| [\d,]+ \| (\S+) \| (\S+) \| [\d,.]+ \| ([\d.]+) \|", TEXT, re.M
+    )[0]
+    config = sides_of([name])[name]
+    assert (float(rate), float(scale)) == (config.optimizer.lr, config.model.init_std)
+    (best, *_) = report("2026-11-27-demo-rates.json")["sides"][name]["ranked"]
+    assert float(after) == pytest.approx(math.exp(best["val_loss"]), abs=0.06)
 
 
 def test_the_drawing_is_that_of_its_program() -> None:
