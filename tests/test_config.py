@@ -254,6 +254,7 @@ BAD: list[tuple[dict[str, dict[str, Any]], str, str]] = [
     ({"model": {"rope_theta": 0.0}}, "--model.rope-theta is 0.0", "above zero"),
     ({"model": {"norm_eps": 0.0}}, "--model.norm-eps is 0.0", "above zero"),
     ({"model": {"init_std": -0.1}}, "--model.init-std is -0.1", "above zero"),
+    ({"model": {"embedding_lr_factor": 0.0}}, "--model.embedding-lr-factor is 0.0", "above zero"),
     ({"model": {"num_heads": 5}}, "--model.num-heads 5", "nearest number of heads"),
     ({"model": {"num_heads": 64}}, "heads of odd size 3", "even"),
     ({"model": {"num_kv_heads": 4}}, "--model.num-kv-heads 4", "not divided"),

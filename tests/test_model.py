@@ -776,3 +776,16 @@ def test_learning_rates_and_decay():
         for name, (tensor, _) in make(config).trained().items():
             wanted = (1.0, False) if "norm" in name else expected[name.rpartition(".")[2]]
             assert (tensor.lr_factor, tensor.decays) == wanted, name
+
+
+def test_rate_of_the_embedding():
+    """The factor reaches the embedding and the head, tied or not, and nothing else."""
+    for tied, outer in ((False, {"model.embed_tokens", "lm_head"}), (True, {"model.embed_tokens"})):
+        config = dataclasses.replace(TINY, embedding_lr_factor=4.0, tie_embeddings=tied)
+        plain = dataclasses.replace(config, embedding_lr_factor=1.0)
+        before = {name: spec for name, (spec, _) in make(plain).trained().items()}
+        after = {name: spec for name, (spec, _) in make(config).trained().items()}
+        differ = {name for name in before if after[name] != before[name]}
+        assert differ == {f"{name}.weight" for name in outer}
+        for name in differ:
+            assert after[name] == dataclasses.replace(before[name], lr_factor=4.0)

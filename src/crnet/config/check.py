@@ -114,6 +114,7 @@ _ABOVE_ZERO = {
     "model": (
         *("hidden_size", "intermediate_size", "num_layers", "num_heads"),
         *("num_kv_heads", "head_size", "vocab_size", "rope_theta", "norm_eps", "init_std"),
+        "embedding_lr_factor",
     ),
     "data": ("validation_tokens", "vocab_size", "sequence_length", "max_documents"),
     "optimizer": ("lr", "eps"),

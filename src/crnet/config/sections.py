@@ -71,6 +71,8 @@ class BaseModelConfig:
     """Use the embedding as the head; none: as the architecture has it."""
     init_std: Fixed[float] = 0.02
     """Standard deviation of every dense weight, and of the product of every pair of factors."""
+    embedding_lr_factor: Fixed[float] = 1.0
+    """Learning rate of the embedding and the head over the base rate."""
 
 
 ChatLayout = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion"]
