@@ -938,6 +938,13 @@ FAULTS = [
         "test_train.py::test_factors_take_their_share_of_the_rate",
     ),
     fault(
+        "the head keeps the base rate",
+        "config/model_spec.py",
+        'if spec.role in ("embedding", "head"):',
+        'if spec.role in ("embedding",):',
+        "test_model.py::test_rate_of_the_embedding",
+    ),
+    fault(
         "norms decay",
         "optimizers/__init__.py",
         '"weight_decay": settings.weight_decay if decays else 0.0,',
