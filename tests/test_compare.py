@@ -71,6 +71,12 @@ def write(folder: Path, loss: float | None, step: int) -> None:
     folder_of(folder, step).mkdir(parents=True)
 
 
+def edges(within: Comparison, name: str) -> list[tuple[str, int]]:
+    """Where the best of a row stands."""
+    row = within.study.rows[name]
+    return within.edges(row, within.best(row))
+
+
 def figures(loss: float) -> dict[str, Any]:
     return Evaluation(loss, tokens=100, accuracy=0.5, bytes=200).figures()
 
@@ -101,6 +107,7 @@ def test_the_issue_s_studies_are_there() -> None:
         ("seeds = [0, 1, 2]", "sedes = [0]", "unknown key sedes"),
         ("share = 0.25", "share = 0", "tuning.share is 0"),
         ("share = 0.25", "share = 0.25\nseeds = 4", "tuning.seeds is 4; it must be 1 to 3"),
+        ("share = 0.25", "share = 0.25\nfinalists = 4", "tuning.finalists is 4; it must be 1 to 3"),
         ("[1e-3, 2e-3, 4e-3]", "[]", "must list different values"),
         (
             'grid."optimizer.lr"',
@@ -196,8 +203,8 @@ def test_the_grid_grows_for_every_row_where_one_stands_at_its_edge(tmp_path: Pat
     within = of(tmp_path)
     known(within, "full", {1e-3: 3.0, 2e-3: 2.0, 4e-3: 2.5})
     known(within, "crnet", {1e-3: 3.0, 2e-3: 2.5, 4e-3: 2.0})
-    assert within.edges(within.study.rows["full"]) == []
-    assert within.edges(within.study.rows["crnet"]) == [("optimizer.lr", 1)]
+    assert edges(within, "full") == []
+    assert edges(within, "crnet") == [("optimizer.lr", 1)]
     assert within.study.tuning
     assert within._wider(within.study.tuning) == ("optimizer.lr", 1)
     within.grow_as_known()
@@ -207,7 +214,7 @@ def test_the_grid_grows_for_every_row_where_one_stands_at_its_edge(tmp_path: Pat
         ]
     known(within, "crnet", {8e-3: 1.5})
     assert within._wider(within.study.tuning) is None, "it grew further than it may"
-    assert within.edges(within.study.rows["crnet"]) == [("optimizer.lr", 1)]
+    assert edges(within, "crnet") == [("optimizer.lr", 1)]
     assert results.results(within)["rows"]["crnet"]["tuning"]["edges"] == ["optimizer.lr, largest"]
 
 
@@ -226,6 +233,43 @@ def test_what_failed_is_never_the_best(tmp_path: Path) -> None:
     found = results.results(within)
     assert results.failures(found) == ["full, lr 0.004: step 3: loss nan"]
     assert "failed" in results.tuning_table(found)
+
+
+def test_the_best_at_the_end_is_chosen_among_the_finalists(tmp_path: Path) -> None:
+    """Trials choose who goes on and where the grid grows; the last step chooses the point."""
+    within = of(tmp_path, TEXT.replace("share = 0.25", "share = 0.25\nfinalists = 2"))
+    row = within.study.rows["full"]
+    known(within, "full", {1e-3: 3.0, 2e-3: 2.5, 4e-3: 2.0})
+    assert foreseen(within, 1)["rows"]["full"]["runs"] == 4, "another finalist, and three seeds"
+    assert [trial.values[0][1] for trial in within.finalists()["full"]] == [4e-3, 2e-3]
+    assert within.finalists()["crnet"] == []
+    known(within, "full", {4e-3: 1.5}, step=40)
+    assert within.best(row) == (("optimizer.lr", 4e-3),), "the other one has not ended"
+    assert foreseen(within, 1)["rows"]["full"]["runs"] == 3
+    known(within, "full", {2e-3: 1.25}, step=40)
+    assert within.best(row) == (("optimizer.lr", 2e-3),)
+    assert [each.config.optimizer.lr for each in within.finals([1])["full"]] == [2e-3]
+    assert within.study.tuning
+    assert within._wider(within.study.tuning) == ("optimizer.lr", 1), "the best trial decides"
+    found = results.results(within)
+    tuning = found["rows"]["full"]["tuning"]
+    assert [each["at_the_end"] for each in tuning["points"]] == [[], [1.25], [1.5]]
+    assert tuning["tokens"] == (3 * 10 + 30) * 64, "three trials, and what the loser went on for"
+    assert tuning["edges"] == []
+    shown = results.markdown(found)
+    assert "**2.5000 (1.2500)**" in shown
+    assert "2.0000 (1.5000)" in shown
+    assert "in brackets for the best 2" in shown
+    assert foreseen(within, 1)["rows"]["full"]["runs"] == 2, "the two other seeds of the best"
+
+
+def test_a_finalist_that_failed_leaves_the_other(tmp_path: Path) -> None:
+    within = of(tmp_path, TEXT.replace("share = 0.25", "share = 0.25\nfinalists = 2"))
+    row = within.study.rows["full"]
+    known(within, "full", {1e-3: 3.0, 2e-3: 2.5, 4e-3: 2.0})
+    known(within, "full", {4e-3: None})
+    known(within, "full", {2e-3: 1.25}, step=40)
+    assert within.best(row) == (("optimizer.lr", 2e-3),)
 
 
 def test_runs_go_on_from_their_trial_and_end_where_the_study_says(tmp_path: Path) -> None:

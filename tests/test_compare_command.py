@@ -39,7 +39,8 @@ log_every_steps = 4
 save_every_steps = 4
 [tuning]
 share = 0.25
-grid."optimizer.lr" = [1e-3, 1e20]
+finalists = 2
+grid."optimizer.lr" = [1e-3, 1e-6, 1e20]
 [rule]
 level = 0.01
 [compat]
@@ -85,7 +86,11 @@ def test_killed_repeated_and_changed(text: str, tmp_path: Path) -> None:
     assert all(None not in each for each in losses(whole).values())
     for row in whole["rows"].values():
         assert row["best"] == {"optimizer.lr": 1e-3}
-        assert "loss nan" in row["tuning"]["points"][1]["problems"][0]
+        better, worse, diverged = row["tuning"]["points"]
+        assert "loss nan" in diverged["problems"][0]
+        assert diverged["at_the_end"] == []
+        assert better["at_the_end"] == [row["runs"][0]["val_loss"]]
+        assert better["at_the_end"] < worse["at_the_end"]
         assert row["compat_perplexity"] < row["val_perplexity"]
     report = (out / "results.md").read_text()
     assert report.count("lr 1e+20: step") == 3
@@ -136,7 +141,7 @@ def test_killed_repeated_and_changed(text: str, tmp_path: Path) -> None:
     assert losses(changed)["full"] == losses(whole)["full"]
     assert losses(changed)["crnet"] != losses(whole)["crnet"]
     buried = sorted(each.name for each in (out / GRAVEYARD / "crnet").iterdir())
-    assert buried == ["lr=0.001,seed=0", "lr=0.001,seed=1", "lr=1e+20,seed=0"]
+    assert buried == ["lr=0.001,seed=0", "lr=0.001,seed=1", "lr=1e+20,seed=0", "lr=1e-06,seed=0"]
     assert {key: each for key, each in times(out).items() if "/full/" in key} == {
         key: each for key, each in before.items() if "/full/" in key
     }

@@ -1,8 +1,9 @@
 """A study, run: every row tuned on its grid, then its best point trained to the end with each seed.
 
 A trial of the tuning is the run itself, stopped at a share of its schedule: the best one goes on
-from there. Where any row's best stands at the edge of a grid that may grow, the grid grows by one
-value on that side, for every row, and the new trials are run. Everything is in one folder:
+from there, or the best few, and the best of these at the end is the row's. Where any row's best
+trial stands at the edge of a grid that may grow, the grid grows by one value on that side, for
+every row, and the new trials are run. Everything is in one folder:
 
     OUT/ROW/lr=0.003,seed=0/   an ordinary run (crnet report, crnet train --resume)
     OUT/graveyard/             runs that another version of the study began, with the reason
@@ -93,6 +94,7 @@ class Comparison:
             self.begun = True
             if self.study.tuning:
                 yield from self._tune(self.study.tuning, jobs)
+                yield from self._train(self.finalists(), None, jobs)
             for seed in self.study.seeds:  # each row once, before any has its second seed
                 yield from self._train(self.finals([seed]), None, jobs)
 
@@ -143,40 +145,68 @@ class Comparison:
                 found[row.name] = [self.trial(row, best, seed) for seed in seeds]
         return found
 
+    def finalists(self) -> dict[str, list[Trial]]:
+        """By row: the trials that go on to the end so that its point can be chosen there; none
+        where the best trial chooses it."""
+        assert self.study.tuning
+        if self.study.tuning.finalists == 1:
+            return {}
+        seeds = self.study.seeds[: self.study.tuning.seeds]
+        return {
+            row.name: [self.trial(row, point, seed) for point in self.front(row) for seed in seeds]
+            for row in self.rows
+        }
+
     # Tuning
 
-    def losses(self, row: Row, point: Values) -> list[float | None]:
-        """What a point of the grid gave, by seed, at the share of the steps."""
+    def losses(self, row: Row, point: Values, share: float | None) -> list[float | None]:
+        """What a point of the grid gave, by seed, at a share of the steps (None: at the end)."""
         assert self.study.tuning
         trials = [self.trial(row, point, seed) for seed in self.study.seeds]
         found = []
         for trial in trials[: self.study.tuning.seeds]:
-            figures = self.figures(row, trial, self.study.tuning.share)
+            figures = self.figures(row, trial, share)
             found.append(figures.get("val_loss") if figures else None)
         return found
 
-    def ranked(self, row: Row) -> list[tuple[Values, float]]:
-        """The points that have ended well, the best first, and their mean losses."""
+    def ranked(
+        self, row: Row, points: Sequence[Values], share: float | None
+    ) -> list[tuple[Values, float]]:
+        """Those points that have ended well, the best first, and their mean losses."""
         found = []
-        for point in self.points(row):
-            losses = self.losses(row, point)
+        for point in points:
+            losses = self.losses(row, point, share)
             known = [loss for loss in losses if loss is not None]
             if len(known) == len(losses):
                 found.append((point, statistics.mean(known)))
         return sorted(found, key=lambda each: each[1])
 
-    def best(self, row: Row) -> Values | None:
-        """The best point; None: none has ended well."""
-        ranked = self.ranked(row)
-        return ranked[0][0] if ranked else None
+    def front(self, row: Row) -> list[Values]:
+        """The points whose trials were best, as many as go on to the end, the best first."""
+        assert self.study.tuning
+        ranked = self.ranked(row, self.points(row), self.study.tuning.share)
+        return [point for point, _ in ranked[: self.study.tuning.finalists]]
 
-    def edges(self, row: Row) -> list[tuple[str, int]]:
-        """Keys on whose edge the row's best stands, 0: below, 1: above."""
-        best, grid = self.best(row), self.grid(row)
-        if best is None:
-            return []
+    def best(self, row: Row) -> Values | None:
+        """The best point; None: no trial has ended well. Until all that go on have ended it is the
+        one whose trial was best."""
+        front = self.front(row)
+        ended = [self._has_ended(row, point) for point in front]
+        ranked = self.ranked(row, front, None) if len(front) > 1 and all(ended) else []
+        return ranked[0][0] if ranked else next(iter(front), None)
+
+    def _has_ended(self, row: Row, point: Values) -> bool:
+        """Whether a point has been trained to the end with every seed that chooses, or failed."""
+        assert self.study.tuning
+        seeds = self.study.seeds[: self.study.tuning.seeds]
+        trials = [self.trial(row, point, seed) for seed in seeds]
+        return all(self.figures(row, each, None) is not None for each in trials)
+
+    def edges(self, row: Row, point: Values | None) -> list[tuple[str, int]]:
+        """Keys on whose edge a point stands, 0: below, 1: above."""
+        grid = self.grid(row)
         found = []
-        for key, value in best:
+        for key, value in point or ():
             if ratio(grid[key]) is not None and value in (grid[key][0], grid[key][-1]):
                 found.append((key, int(value == grid[key][-1])))
         return found
@@ -195,7 +225,7 @@ class Comparison:
     def _wider(self, tuning: Tuning) -> tuple[str, int] | None:
         """The next key and side on which the grid grows; None: it need not, or may not."""
         for row in self.study.rows.values():
-            for key, side in self.edges(row):
+            for key, side in self.edges(row, next(iter(self.front(row)), None)):
                 if self.grown.get(key, [0, 0])[side] < tuning.grow.get(key, 0):
                     return key, side
         return None

@@ -8,7 +8,7 @@ from crnet.compare.comparison import Comparison, evaluation_steps
 from crnet.compare.processes import jobs_of
 from crnet.compare.results import cost, step_tokens
 from crnet.compare.study import Row, last_step
-from crnet.compare.sweep import steps_at
+from crnet.compare.sweep import Trial, steps_at
 from crnet.compare.verdicts import detectable
 from crnet.cost.step import step_flops
 from crnet.cost.workload import Workload, workload
@@ -51,6 +51,9 @@ def _row(of: Comparison, row: Row) -> dict[str, Any]:
         trials = of.tuned(row)
         left = [each for each in trials if of.figures(row, each, study.tuning.share) is None]
         steps, runs, folders = len(left) * first, len(left), len(trials)
+    for trial in _others(of, row):
+        if first < whole and (trial is None or of.figures(row, trial, None) is None):
+            steps, runs = steps + whole - first, runs + 1
     best = of.best(row) if study.tuning else ()
     for idx, seed in enumerate(study.seeds):
         trial = None if best is None else of.trial(row, best, seed)
@@ -77,6 +80,18 @@ def _row(of: Comparison, row: Row) -> dict[str, Any]:
         "how": how,
         "seconds": None if seconds is None else seconds * (steps + forward),
     }
+
+
+def _others(of: Comparison, row: Row) -> list[Trial | None]:
+    """The trials that go on to the end beside the best one's; None: not known yet."""
+    tuning = of.study.tuning
+    if not tuning or tuning.finalists == 1:
+        return []
+    best, seeds = of.best(row), of.study.seeds[: tuning.seeds]
+    others = [point for point in of.front(row) if point != best]
+    found = [of.trial(row, point, seed) for point in others for seed in seeds]
+    unknown = (tuning.finalists - 1) * len(seeds) - len(found)
+    return [*found, *[None] * unknown]
 
 
 def step_seconds(row: Row, work: Workload) -> tuple[float | None, str]:

@@ -124,6 +124,7 @@ def _settings(of: Comparison, row: Row) -> Values:
 
 def _tuning(of: Comparison, row: Row) -> Values:
     assert of.study.tuning
+    best, front = of.best(row), of.front(row) if of.study.tuning.finalists > 1 else []
     points = []
     for point in of.points(row):
         trials = [of.trial(row, point, seed) for seed in of.study.seeds[: of.study.tuning.seeds]]
@@ -135,6 +136,7 @@ def _tuning(of: Comparison, row: Row) -> Values:
                 "values": dict(point),
                 "losses": losses,
                 "val_loss": statistics.mean(known) if len(known) == len(losses) else None,
+                "at_the_end": of.losses(row, point, None) if point in front else [],
                 "problems": [each["problem"] for each in figures if each and "problem" in each],
                 "runs": [
                     str(of.folder(row, trial).relative_to(of.out))
@@ -144,8 +146,12 @@ def _tuning(of: Comparison, row: Row) -> Values:
             }
         )
     step = steps_at(row.config, of.study.tuning.share)
-    edges = [f"{key}, {('least', 'largest')[side]}" for key, side in of.edges(row)]
-    tokens = step * step_tokens(workload(row.config)) * sum(len(each["runs"]) for each in points)
+    edges = [f"{key}, {('least', 'largest')[side]}" for key, side in of.edges(row, best)]
+    others = [each["at_the_end"] for each in points if each["values"] != dict(best or ())]
+    went_on = sum(loss is not None for losses in others for loss in losses)
+    steps = step * sum(len(each["runs"]) for each in points)
+    steps += went_on * (last_step(row.config) - step)
+    tokens = steps * step_tokens(workload(row.config))
     return {"step": step, "points": points, "edges": edges, "tokens": tokens}
 
 
@@ -350,10 +356,12 @@ def _tuning_words(found: Mapping[str, Any]) -> str:
         f"{key} by {below} below and {above} above"
         for key, (below, above) in found["grown"].items()
     )
+    finalists = tuning["finalists"]
+    went_on = "" if finalists == 1 else f"at the end in brackets for the best {finalists}, "
     return (
         f"Every point of the grid for {100 * tuning['share']:g}% of the steps, inside the whole "
-        f"schedule, {tuning['seeds']} seed{'s' * (tuning['seeds'] > 1)}. Validation loss there; "
-        f"the best in bold. The grid {'grew: ' + grown if grown else 'did not grow'}."
+        f"schedule, {tuning['seeds']} seed{'s' * (tuning['seeds'] > 1)}. Validation loss there, "
+        f"{went_on}the best in bold. The grid {'grew: ' + grown if grown else 'did not grow'}."
     )
 
 
@@ -389,6 +397,9 @@ def _tuned(point: Mapping[str, Any], is_best: bool) -> str:
     if point["problems"]:
         return "failed"
     loss = "-" if point["val_loss"] is None else f"{point['val_loss']:.4f}"
+    at_the_end = point.get("at_the_end")
+    if at_the_end and None not in at_the_end:
+        loss += f" ({statistics.mean(at_the_end):.4f})"
     return f"**{loss}**" if is_best else loss
 
 

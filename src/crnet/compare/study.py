@@ -12,6 +12,7 @@ It is a TOML file, read and checked as a whole before anything is trained:
 
     [tuning]                            # left out: no row is tuned
     share = 0.1                         # of the steps, inside the whole schedule
+    finalists = 2                       # points that go on to the end; left out: the best alone
     grid."optimizer.lr" = [1e-3, 2e-3, 4e-3]
     grow."optimizer.lr" = 2             # values more, at most, on a side where a row's best stands
 
@@ -69,6 +70,8 @@ class Tuning:
     """Of its steps that a trial takes, inside the whole schedule."""
     seeds: int = 1
     """Of the study's, the first so many: a point is ranked by their mean."""
+    finalists: int = 1
+    """Of a row's points, so many of the best go on to the end; the best there is the row's."""
     grow: dict[str, int] = field(default_factory=dict)
     """By key: values that the grid can get on either side, for every row, while the best of any
     row stands there."""
@@ -238,6 +241,8 @@ def _problems(given: _File) -> Iterator[str]:
             yield f"tuning.share is {tuning.share}; it must be above 0 and at most 1"
         if not 1 <= tuning.seeds <= len(seeds):
             yield f"tuning.seeds is {tuning.seeds}; it must be 1 to {len(seeds)}"
+        if not 1 <= tuning.finalists <= (most := math.prod(map(len, tuning.grid.values()))):
+            yield f"tuning.finalists is {tuning.finalists}; it must be 1 to {most}"
         yield from _grid_problems("tuning.grid", tuning.grid)
         for key, count in tuning.grow.items():
             if key not in tuning.grid:
