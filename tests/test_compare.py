@@ -381,7 +381,7 @@ def test_a_tie_is_called_a_tie() -> None:
         "failed": [2.0, None, 2.0],
     }
     pairs = [(name, "base") for name in losses if name != "base"]
-    rule = Rule(level=0.05, least_nats=0.05)
+    rule = Rule(level=0.1, least_nats=0.05)
     called = {each.row: each for each in verdicts.judge(losses, pairs, rule)}
     assert {name: each.called for name, each in called.items()} == {
         "better": "better",
@@ -394,6 +394,27 @@ def test_a_tie_is_called_a_tie() -> None:
     assert called["failed"].why.startswith("failed: not all seeds")
     assert verdicts.welch([1.0], [2.0]) is None
     assert verdicts.welch([1.0, 1.0], [2.0, 2.0]) == 0.0
+
+
+def test_no_verdict_is_undone_by_a_run_that_ends_later() -> None:
+    """Holm's correction counts the pairs that wait; it may only grow less strict."""
+    base, near = [3.0, 3.01, 2.99], [3.03, 3.04, 3.02]
+    pairs = [(name, "base") for name in ("near", "second", "third")]
+    rule, found = Rule(level=0.03), {}
+    for ended in (False, True):
+        losses: dict[str, list[float | None]] = {
+            "base": [*base],
+            "near": [*near],
+            "second": [*base] if ended else [3.0, None, None],
+            "third": [*base] if ended else [],
+        }
+        found[ended] = verdicts.judge(losses, pairs, rule)
+    p = verdicts.welch(near, base)
+    assert p is not None
+    assert p < rule.level < 3 * p, "without the pairs that wait it would be called"
+    assert [each.called for each in found[False]] == ["tie", "not judged", "not judged"]
+    assert found[True][0] == found[False][0]
+    assert found[True][0].p_corrected == pytest.approx(3 * p)
 
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 6])

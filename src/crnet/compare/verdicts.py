@@ -47,12 +47,13 @@ def judge(
 
     Args:
         losses: by row, a seed each; None: that run failed or is not there yet.
-        pairs: of rows; Holm's correction is over those that can be judged.
+        pairs: of rows; Holm's correction is over all of them. One that cannot be judged counts as
+            the least significant, so that no verdict is undone by a run that ends later.
     """
     tests = [welch(losses[one], losses[other]) for one, other in pairs]
-    corrected = iter(holm([p for p in tests if p is not None]))
+    corrected = holm([1.0 if p is None else p for p in tests])
     found = []
-    for (one, other), p in zip(pairs, tests, strict=True):
+    for (one, other), p, p_corrected in zip(pairs, tests, corrected, strict=True):
         if p is None:
             failed = [
                 name for name in (one, other) if len(_known(losses[name])) < len(losses[name])
@@ -61,7 +62,7 @@ def judge(
             found.append(Verdict(one, other, None, None, None, "not judged", why))
             continue
         difference = statistics.mean(_known(losses[one])) - statistics.mean(_known(losses[other]))
-        found.append(_verdict(one, other, difference, p, next(corrected), rule))
+        found.append(_verdict(one, other, difference, p, p_corrected, rule))
     return found
 
 
