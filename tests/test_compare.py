@@ -15,6 +15,7 @@ from crnet.compare import pictures, results, study, verdicts
 from crnet.compare.align import figure, fitted
 from crnet.compare.comparison import ASKED, FAILED, GRAVEYARD, Comparison, evaluation_steps
 from crnet.compare.foresight import foreseen, lines
+from crnet.compare.rates import embedding_rates, warning
 from crnet.compare.study import Rule
 from crnet.config.serialize import override
 from crnet.cost.step import step_flops
@@ -447,6 +448,28 @@ def test_the_rule_errs_as_often_as_it_says() -> None:
         losses = {name: [chance.gauss(3, 0.1) for _ in range(5)] for name in names}
         wrong += any(each.called != "tie" for each in verdicts.judge(losses, pairs, rule))
     assert 8 <= wrong <= 56  # 40 expected; Welch and Holm are both a little cautious
+
+
+# Rates
+
+
+def test_how_fast_the_embedding_learns_beside_the_maps(tmp_path: Path) -> None:
+    """1 at full rank, 4 at low rank, both in CR-Net, whose first block is dense; rows that differ
+    are told so."""
+    text = TEXT + '[rows.lowrank]\nmodel.linear = "lowrank"\n'
+    wanted = {"full": (1.0, 1.0), "crnet": (1.0, 4.0), "lowrank": (4.0, 4.0)}
+    rows = study.parse("test", text).rows
+    assert {name: embedding_rates(workload(row.config)) for name, row in rows.items()} == wanted
+    faster = override(rows["full"].config, model={"embedding_lr_factor": 4.0})
+    assert embedding_rates(workload(faster)) == (4.0, 4.0)
+
+    within = of(tmp_path, text)
+    known(within, "full", {1e-3: 3.0, 2e-3: 2.0, 4e-3: 2.5})
+    said = "is not the same: full 1, crnet 1 to 4, lowrank 4; a part of what differs"
+    assert said in "\n".join(lines(foreseen(within, 1)))
+    assert said in results.markdown(results.results(within))
+    alike = {name: {"embedding_rates": [4.0, 4.0]} for name in wanted}
+    assert warning(alike) is None
 
 
 # What is written

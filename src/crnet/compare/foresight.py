@@ -6,6 +6,7 @@ from typing import Any
 
 from crnet.compare.comparison import Comparison, evaluation_steps
 from crnet.compare.processes import jobs_of
+from crnet.compare.rates import warning
 from crnet.compare.results import cost, step_tokens
 from crnet.compare.study import Row, last_step
 from crnet.compare.sweep import Trial, steps_at
@@ -140,6 +141,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['disk_bytes'] / 2**30:.1f} GiB on disk; hours with {found['jobs']} at a time: "
         f"{hours} (a step {' or '.join(how)})"
     )
+    if unlike := warning(found["rows"]):
+        shown.append(unlike)
     if found["detectable"]:
         pairs = f"{found['pairs']} pair{'s' * (found['pairs'] > 1)}"
         shown.append(

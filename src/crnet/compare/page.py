@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crnet.compare import results
+from crnet.compare.rates import warning
 from crnet.report import page as report
 from crnet.report.gather import gather
 
@@ -27,7 +28,9 @@ def page(found: Mapping[str, Any], out: Path) -> str:
         out: the study's folder; below the tables stands the first run of each row.
     Cost: a checkpoint a row once from the disk, and the singular values of its maps.
     """
-    above = [("results", "Results", _html(results.table(found)))]
+    unlike = warning(found["rows"])
+    below = f"<p>{html.escape(unlike)}</p>" if unlike else ""
+    above = [("results", "Results", _html(results.table(found)) + below)]
     if found["verdicts"]:
         above.append(("verdicts", "What is called better", _html(results.verdicts(found))))
     above += [(f"picture-{name}", CAPTIONS[name], _image(out, name)) for name in _drawn(found)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from crnet.compare.comparison import Comparison
+from crnet.compare.rates import embedding_rates, warning
 from crnet.compare.study import Compat, Row, last_step
 from crnet.compare.sweep import Trial, steps_at
 from crnet.compare.verdicts import detectable, judge
@@ -98,7 +99,8 @@ def _row(of: Comparison, row: Row) -> Values:
 
 
 def cost(work: Workload) -> Values:
-    """By the cost model: what a row takes. FLOPs: forward, backward and recomputation."""
+    """By the cost model: what a row takes. FLOPs: forward, backward and recomputation. And how fast
+    its embedding learns beside its maps."""
     state = work.state_bytes
     return {
         "parameters": work.num_parameters(),
@@ -107,6 +109,7 @@ def cost(work: Workload) -> Values:
         "optimizer_bytes": state["optimizer state"],
         "activation_bytes": peak_bytes(work.micro_batch, work.plan),
         "flops_a_token": step_flops(work, work.plan)["total"] / step_tokens(work),
+        "embedding_rates": embedding_rates(work),
     }
 
 
@@ -304,6 +307,8 @@ def _number(value: float | None) -> str:
 def markdown(found: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
     parts = [f"# {found['title']}", _about(found), table(found)]
+    if unlike := warning(found["rows"]):
+        parts += [f"{unlike[0].upper()}{unlike[1:]}."]
     if found["verdicts"]:
         parts += ["## What is called better", _rule_words(found), verdicts(found)]
     if found["tuning"]:
