@@ -30,6 +30,12 @@ STUDIES = {
     "depth": "2026-11-27-abstracts-depth.json",
     "confirm": "2026-11-27-abstracts-confirm.json",
     "width": "2026-11-27-abstracts-width.json",
+    "embedding": "2026-11-27-abstracts-embedding.json",
+    "embedding-cola": "2026-11-27-abstracts-embedding-cola.json",
+    "embedding-confirm": "2026-11-27-abstracts-embedding-confirm.json",
+    "embedding-tokens": "2026-11-27-abstracts-embedding-tokens.json",
+    "embedding-depth": "2026-11-27-abstracts-embedding-depth.json",
+    "embedding-mends": "2026-11-27-abstracts-embedding-mends.json",
 }
 """By the name of a study on the page, the file of its results."""
 Json = dict[str, Any]
@@ -101,7 +107,8 @@ def streams(found: Json) -> str:
 
 def carries(found: Json) -> str:
     """What CR-Net's maps made of their carries, by position and block, at the end."""
-    blocks = list(found["runs"]["crnet"].values())[-1]["blocks"]
+    run = next(run for name, run in found["runs"].items() if name.startswith("crnet"))
+    blocks = list(run.values())[-1]["blocks"]
     lines = []
     for position in (key for key, value in blocks[0].items() if isinstance(value, dict)):
         maps = [block[position] for block in blocks[1:]]
@@ -110,7 +117,10 @@ def carries(found: Json) -> str:
     return markdown_table(heads, lines)
 
 
-ANATOMY = "2026-11-27-anatomy.json"
+ANATOMIES = {
+    "anatomy": "2026-11-27-anatomy.json",
+    "anatomy-embedding": "2026-11-27-anatomy-embedding.json",
+}
 """Of ``runs/anatomy.py``."""
 TABLES = {"finals": finals, "verdicts": verdicts, "tuning": results.tuning_table}
 
@@ -118,7 +128,8 @@ TABLES = {"finals": finals, "verdicts": verdicts, "tuning": results.tuning_table
 def page(text: str) -> str:
     """With the tables as the results have them."""
     wanted = [(study, file, TABLES) for study, file in STUDIES.items()]
-    wanted.append(("anatomy", ANATOMY, {"streams": streams, "carries": carries}))
+    looks = {"streams": streams, "carries": carries}
+    wanted += [(name, file, looks) for name, file in ANATOMIES.items()]
     for study, file, tables in wanted:
         if not (BENCHMARKS / file).exists():
             continue
