@@ -13,11 +13,12 @@ import pytest
 
 from crnet.compare import pictures, results, study, verdicts
 from crnet.compare.align import figure, fitted
-from crnet.compare.comparison import ASKED, FAILED, GRAVEYARD, Comparison, evaluation_steps
+from crnet.compare.comparison import FAILED, GRAVEYARD, Comparison, evaluation_steps
 from crnet.compare.foresight import foreseen, lines
 from crnet.compare.rates import embedding_rates, warning
+from crnet.compare.reuse import ASKED
 from crnet.compare.study import Rule
-from crnet.config.serialize import override
+from crnet.config.serialize import override, to_dict
 from crnet.cost.step import step_flops
 from crnet.cost.workload import workload
 from crnet.errors import ConfigError
@@ -448,6 +449,42 @@ def test_the_rule_errs_as_often_as_it_says() -> None:
         losses = {name: [chance.gauss(3, 0.1) for _ in range(5)] for name in names}
         wrong += any(each.called != "tie" for each in verdicts.judge(losses, pairs, rule))
     assert 8 <= wrong <= 56  # 40 expected; Welch and Holm are both a little cautious
+
+
+# Runs of other studies
+
+
+def test_a_run_of_another_study_is_taken_where_it_is_the_same(tmp_path: Path) -> None:
+    """Whatever its row is called there, and with other threads; not with another rank."""
+    ours = of(tmp_path / "ours")
+    known(ours, "full", {1e-3: 3.0, 2e-3: 2.0}, step=40)
+    known(ours, "crnet", {1e-3: 3.0}, step=40)
+    asked = {}
+    for name, rate in (("full", 1e-3), ("full", 2e-3), ("full", 4e-3), ("crnet", 1e-3)):
+        trial = ours.trial(ours.study.rows[name], (("optimizer.lr", rate),), 0)
+        asked[f"{name}/{trial.name}"] = to_dict(trial.config)
+    (ours.out / ASKED).write_text(json.dumps(asked))
+
+    text = TEXT.replace('reference = "full"', 'reference = "dense"').replace("s.full]", "s.dense]")
+    text = text.replace("rank = 8", "rank = 6").replace("steps = 40", "steps = 40, threads = 1")
+    theirs = of(tmp_path / "theirs", text, reuse=(ours.out,))
+    dense, other = theirs.study.rows["dense"], theirs.study.rows["crnet"]
+    first, second, third = theirs.tuned(dense)
+    assert theirs.elsewhere(dense, first, 0.25) is None, "not evaluated where a trial ends"
+    assert theirs.elsewhere(dense, first, None) == ours.out / "full" / "lr=0.001,seed=0"
+    assert theirs.elsewhere(dense, third, None) is None, "asked for, and not there"
+    assert theirs.elsewhere(other, theirs.tuned(other)[0], None) is None, "another rank"
+    assert not theirs.is_left(dense, second, None)
+
+    row = theirs._take(dense, second, ours.out / "full" / "lr=0.002,seed=0", None)
+    assert (row["run"], row["val_loss"], row["step"]) == ("lr=0.002,seed=0", 2.0, 40)
+    assert theirs.figures(dense, second, None) == ours.figures(ours.rows[0], second, None)
+    assert theirs.elsewhere(dense, second, None) is None, "it is here"
+    assert json.loads((theirs.out / ASKED).read_text()) == {
+        "dense/lr=0.002,seed=0": to_dict(second.config)
+    }
+    with pytest.raises(ConfigError, match="is no folder of a study; name the --out of one"):
+        of(tmp_path, reuse=(tmp_path / "none",))
 
 
 # Rates

@@ -146,6 +146,17 @@ def test_killed_repeated_and_changed(text: str, tmp_path: Path) -> None:
         key: each for key, each in before.items() if "/full/" in key
     }
 
+    # Another study takes what is its own too, and makes the rest.
+    other, taken = tmp_path / "other.toml", tmp_path / "taken"
+    tuning = text[text.index("[tuning]") : text.index("[rule]")]
+    words = text.replace(tuning, "").replace("[base]", "[base]\noptimizer.lr = 1e-3")
+    other.write_text(words.replace("rank = 8", "rank = 6"))
+    found = compared(other, taken, "--jobs", "2", "--reuse", str(tmp_path / "whole"))
+    assert losses(found)["full"] == losses(whole)["full"]
+    assert losses(found)["crnet"] != losses(whole)["crnet"]
+    was = tmp_path / "whole" / "full" / "lr=0.001,seed=1" / "metrics.jsonl"
+    assert times(taken)[str(taken / "full" / "seed=1" / "metrics.jsonl")] == was.stat().st_mtime_ns
+
     # What failed is tried once more where that is asked for.
     failed = out / "full" / "lr=1e+20,seed=0" / FAILED
     was = failed.stat().st_mtime_ns

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from crnet.compare.comparison import Comparison
 
 Only = Annotated[tuple[str, ...], Parameter(negative=())]
+Reuse = Annotated[tuple[Path, ...], Parameter(negative=())]
 
 
 def compare(
@@ -27,6 +28,7 @@ def compare(
     jobs: int | None = None,
     only: Only = (),
     retry: Switch = False,
+    reuse: Reuse = (),
     dry_run: Switch = False,
     report: Switch = False,
     as_json: Json = False,
@@ -46,6 +48,9 @@ def compare(
         Run this row alone; repeatable.
     retry
         Run once more what failed.
+    reuse
+        Folder of another study: a run of it with the same settings and seed is copied and not
+        made again; repeatable.
     dry_run
         Say what would be run, what it costs and how long it takes here; nothing is trained.
     report
@@ -55,7 +60,7 @@ def compare(
         raise ConfigError("--dry-run and --report do not go together; say one of them")
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs is {jobs}; it must be 1 or more")
-    found = _opened(study, out, only, retry)
+    found = _opened(study, out, only, retry, reuse)
     if dry_run or report:
         found.grow_as_known()
     if dry_run:
@@ -77,7 +82,9 @@ def compare(
         _show(made, found.out)
 
 
-def _opened(study: str, out: Path | None, only: Sequence[str], retry: bool) -> Comparison:
+def _opened(
+    study: str, out: Path | None, only: Sequence[str], retry: bool, reuse: Sequence[Path]
+) -> Comparison:
     from crnet.compare import comparison, verdicts
     from crnet.compare.study import read
 
@@ -85,7 +92,7 @@ def _opened(study: str, out: Path | None, only: Sequence[str], retry: bool) -> C
     if wanted.rule:
         verdicts.check_installed()
     out = out or new_run(f"compare-{wanted.name}")
-    return comparison.Comparison(wanted, out, tuple(only), retry)
+    return comparison.Comparison(wanted, out, tuple(only), retry, tuple(reuse))
 
 
 def _show(made: dict[str, Any], out: Path) -> None:
@@ -107,7 +114,7 @@ def _say(row: dict[str, Any]) -> None:
         line = f"{row['row']}/{row['run']}, step {row['step']}: failed: {row['problem']}"
     else:
         line = f"{row['row']}/{row['run']}, step {row['step']}: loss {row['val_loss']:.4f}"
-    print(line, file=sys.stderr)
+    print(line + (f" (from {row['from']})" if "from" in row else ""), file=sys.stderr)
 
 
 def _foresee(study: Comparison, jobs: int | None, as_json: bool) -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from crnet.compare.processes import ended
+from crnet.compare.reuse import ASKED, runs_of, settings, take
 from crnet.compare.study import Row, Study, Tuning, differing, last_step, ratio
 from crnet.compare.sweep import SEED, Trial, Values, finished, steps_at
 from crnet.config.check import check
@@ -46,7 +47,6 @@ from crnet.storage.files import alone, held_by, write_atomically, write_json
 
 GRAVEYARD = "graveyard"
 STUDY = "study.toml"
-ASKED = "asked.json"
 FAILED = "failed.json"
 """In a run's folder: why it failed."""
 EVALUATIONS = 20
@@ -64,6 +64,8 @@ class Comparison:
     """Rows that are run; none: all."""
     retry: bool = False
     """Run once more what failed."""
+    reuse: tuple[Path, ...] = ()
+    """Folders of other studies, whose runs are taken where they are the same."""
     grown: dict[str, list[int]] = field(default_factory=dict)
     """Values by which each key's grid has grown, below and above."""
 
@@ -75,6 +77,7 @@ class Comparison:
         """Whether the folder is this study's."""
         self._asked: dict[str, Any] = {}
         self._trials: dict[tuple[str, Values, int], Trial] = {}
+        self._elsewhere = runs_of(self.reuse)
 
     @property
     def rows(self) -> list[Row]:
@@ -255,6 +258,30 @@ class Comparison:
             found = {"problem": read_json(folder / FAILED)["problem"]}
         return found
 
+    def elsewhere(self, row: Row, trial: Trial, share: float | None) -> Path | None:
+        """The folder of a run of another study that is this one and has come so far; None: there
+        is none, or this one has begun here."""
+        if self.folder(row, trial).exists():
+            return None
+        known = self._elsewhere.get(settings(trial.config), []) if self._elsewhere else []
+        step = until(trial.config, share)
+        ended = [folder for folder in known if finished(folder, step) is not None]
+        return next((folder for folder in ended if held_by(folder) is None), None)
+
+    def is_left(self, row: Row, trial: Trial, share: float | None) -> bool:
+        """Whether a run is still to be made up to a share of its steps."""
+        here = self.figures(row, trial, share) is not None
+        return not here and self.elsewhere(row, trial, share) is None
+
+    def _take(self, row: Row, trial: Trial, run: Path, share: float | None) -> dict[str, Any]:
+        """Copy a run of another study; what it came to."""
+        take(run, self.folder(row, trial))
+        self._asked[f"{row.name}/{trial.name}"] = to_dict(trial.config)
+        write_atomically(self.out / ASKED, to_json(self._asked))
+        figures = self.figures(row, trial, share) or {}
+        step = until(trial.config, share)
+        return {"row": row.name, "run": trial.name, "step": step, "from": str(run), **figures}
+
     def _train(
         self, trials: Mapping[str, Sequence[Trial]], share: float | None, jobs: int | None
     ) -> Iterator[dict[str, Any]]:
@@ -263,7 +290,9 @@ class Comparison:
         for name, some in trials.items():
             row = self.study.rows[name]
             for trial in some:
-                if self.figures(row, trial, share) is None:
+                if run := self.elsewhere(row, trial, share):
+                    yield self._take(row, trial, run, share)
+                elif self.figures(row, trial, share) is None:
                     waiting[f"{name}/{trial.name}"] = row, trial
         if not waiting:
             return

@@ -50,15 +50,15 @@ def _row(of: Comparison, row: Row) -> dict[str, Any]:
     first = steps_at(row.config, study.tuning.share) if study.tuning else 0
     if study.tuning:
         trials = of.tuned(row)
-        left = [each for each in trials if of.figures(row, each, study.tuning.share) is None]
+        left = [each for each in trials if of.is_left(row, each, study.tuning.share)]
         steps, runs, folders = len(left) * first, len(left), len(trials)
     for trial in _others(of, row):
-        if first < whole and (trial is None or of.figures(row, trial, None) is None):
+        if first < whole and (trial is None or of.is_left(row, trial, None)):
             steps, runs = steps + whole - first, runs + 1
     best = of.best(row) if study.tuning else ()
     for idx, seed in enumerate(study.seeds):
         trial = None if best is None else of.trial(row, best, seed)
-        if trial and of.figures(row, trial, None) is not None:
+        if trial and not of.is_left(row, trial, None):
             continue
         tuned = bool(study.tuning) and idx < (study.tuning.seeds if study.tuning else 0)
         if tuned and first == whole:
