@@ -61,17 +61,18 @@ def test_shares_of_full_rank() -> None:
     assert told.format(*shares) in words
 
 
-@pytest.mark.parametrize("name", ["full", "lowrank", "cola", "crnet"])
+@pytest.mark.parametrize("name", ["full", "lowrank", "cola", "crnet", "crnet-above"])
 def test_comparison(name: str) -> None:
-    found = report("2026-11-27-abstracts.json")["rows"][name]
-    losses, perplexities = (
-        [run[key] for run in found["runs"]] for key in ("val_loss", "val_perplexity")
-    )
-    row = (
-        f"| {name} | {found['parameters']:,} | {found['best']['optimizer.lr']:g} | "
-        f"{found['best']['model.init_std']:g} | {' / '.join(f'{loss:.4f}' for loss in losses)} | "
-        f"{statistics.mean(losses):.4f} | {statistics.mean(perplexities):.2f} |"
-    )
+    suffix = "-cola" if name == "cola" else ""
+    rows = report(f"2026-11-27-abstracts-embedding{suffix}.json")["rows"]
+    cells = [name.replace("-above", ", o and down not carried"), f"{rows[name]['parameters']:,}"]
+    for each in (rows[name], rows[f"{name}-embedding"]):
+        losses, perplexities = (
+            [run[key] for run in each["runs"]] for key in ("val_loss", "val_perplexity")
+        )
+        cells += [" / ".join(f"{loss:.4f}" for loss in losses), f"{statistics.mean(losses):.4f}"]
+        cells.append(f"{statistics.mean(perplexities):.2f}")
+    row = f"| {' | '.join(cells)} |"
     assert row in TEXT, row
 
 
