@@ -506,7 +506,9 @@ def test_how_fast_the_embedding_learns_beside_the_maps(tmp_path: Path) -> None:
     assert said in "\n".join(lines(foreseen(within, 1)))
     assert said in results.markdown(results.results(within))
     alike = {name: {"embedding_rates": [4.0, 4.0]} for name in wanted}
-    assert warning(alike) is None
+    assert warning(alike, None) is None
+    tuned = text.replace("[tuning]", '[tuning]\ngrid."model.embedding-lr-factor" = [1.0, 4.0]')
+    assert "is not the same" not in "\n".join(lines(foreseen(of(tmp_path, tuned), 1)))
 
 
 # What is written

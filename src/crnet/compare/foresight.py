@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from crnet.compare.comparison import Comparison, evaluation_steps
@@ -37,6 +38,7 @@ def foreseen(of: Comparison, jobs: int | None) -> dict[str, Any]:
         "jobs": jobs,
         **{key: sum(row[key] for row in rows.values()) for key in keys},
         "hours": total,
+        "tuning": dataclasses.asdict(of.study.tuning) if of.study.tuning else None,
         "seeds": len(of.study.seeds),
         "pairs": len(of.study.pairs()),
         "detectable": detectable(of.study),
@@ -141,7 +143,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['disk_bytes'] / 2**30:.1f} GiB on disk; hours with {found['jobs']} at a time: "
         f"{hours} (a step {' or '.join(how)})"
     )
-    if unlike := warning(found["rows"]):
+    if unlike := warning(found["rows"], found["tuning"]):
         shown.append(unlike)
     if found["detectable"]:
         pairs = f"{found['pairs']} pair{'s' * (found['pairs'] > 1)}"

@@ -28,7 +28,7 @@ def page(found: Mapping[str, Any], out: Path) -> str:
         out: the study's folder; below the tables stands the first run of each row.
     Cost: a checkpoint a row once from the disk, and the singular values of its maps.
     """
-    unlike = warning(found["rows"])
+    unlike = warning(found["rows"], found["tuning"])
     below = f"<p>{html.escape(unlike)}</p>" if unlike else ""
     above = [("results", "Results", _html(results.table(found)) + below)]
     if found["verdicts"]:

@@ -35,12 +35,16 @@ def in_words(rates: tuple[float, float]) -> str:
     return f"{least:g}" if least == most else f"{least:g} to {most:g}"
 
 
-def warning(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What is to be said where rows are not alike; None: they are.
+def warning(rows: Mapping[str, Mapping[str, Any]], tuning: Mapping[str, Any] | None) -> str | None:
+    """What is to be said where rows are not alike; None: they are, or each is tuned in that.
 
     Args:
         rows: by name, with ``embedding_rates``.
+        tuning: the study's, as ``results`` has it.
     """
+    tuned = {key.replace("-", "_") for key in (tuning or {"grid": ()})["grid"]}
+    if "model.embedding_lr_factor" in tuned:
+        return None
     found = {name: in_words(row["embedding_rates"]) for name, row in rows.items()}
     if len({*found.values()}) < 2:
         return None

@@ -307,7 +307,7 @@ def _number(value: float | None) -> str:
 def markdown(found: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
     parts = [f"# {found['title']}", _about(found), table(found)]
-    if unlike := warning(found["rows"]):
+    if unlike := warning(found["rows"], found["tuning"]):
         parts += [f"{unlike[0].upper()}{unlike[1:]}."]
     if found["verdicts"]:
         parts += ["## What is called better", _rule_words(found), verdicts(found)]
