@@ -23,7 +23,8 @@ as it is (arXiv:2505.22922). A gain that the seven maps of a block share is not 
 belongs to one map, and sharding, pipelines and export rely on it.
 
 Unverified: rates and initial values of the variants. LOG.md compares them at a small size, by two
-seeds.
+seeds. CR-Net with `carries` q,k,v,gate,up and `--model.embedding-lr-factor 4` is better at a small
+size than the published form, by six seeds (docs/comparison.md).
 """
 
 from __future__ import annotations
