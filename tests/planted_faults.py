@@ -83,8 +83,36 @@ FAULTS = [
     fault(
         "compare-grows-for-one-row",
         "compare/comparison.py",
-        "for row in self.study.rows.values():\n            for key, side in self.edges(row):",
-        "for row in self.rows[:1]:\n            for key, side in self.edges(row):",
+        "for row in self.study.rows.values():\n            for key, side in self.edges(",
+        "for row in self.rows[:1]:\n            for key, side in self.edges(",
+        "test_compare.py",
+    ),
+    fault(
+        "compare-holm-forgets-pairs-that-wait",
+        "compare/verdicts.py",
+        "[1.0 if p is None else p for p in tests]",
+        "[0.0 if p is None else p for p in tests]",
+        "test_compare.py",
+    ),
+    fault(
+        "compare-the-best-trial-wins-among-finalists",
+        "compare/comparison.py",
+        "ranked = self.ranked(row, front, None)",
+        "ranked = self.ranked(row, front, self.study.tuning.share)",
+        "test_compare.py",
+    ),
+    fault(
+        "compare-a-run-that-has-not-ended-is-taken",
+        "compare/comparison.py",
+        "if finished(folder, step) is not None]",
+        "]",
+        "test_compare.py",
+    ),
+    fault(
+        "compare-reuses-another-rank",
+        "compare/reuse.py",
+        "if key not in NO_FIGURE)",
+        'if key not in {*NO_FIGURE, "model.rank"})',
         "test_compare.py",
     ),
     fault(
