@@ -11,8 +11,9 @@ every row, and the new trials are run. Everything is in one folder:
     OUT/asked.json             the configuration of every run, as the study had it
     OUT/results.json, ...      what came out (``compare.results``)
 
-Nothing that is finished is run again, whenever the command is killed and repeated. What failed or
-diverged stays, with its reason, until it is asked to be tried again.
+Nothing that is finished is run again, whenever the command is killed and repeated, and what another
+study has can be taken (``compare.reuse``). What failed or diverged stays, with its reason, until it
+is asked to be tried again.
 """
 
 from __future__ import annotations

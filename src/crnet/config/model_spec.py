@@ -267,9 +267,10 @@ class ModelSpec:
         if not shape.tie_embeddings:
             size = (shape.vocab_size, shape.hidden_size)
             found["lm_head.weight"] = TensorSpec(size, "head", normal(shape.init_std))
+        factor = self.config.embedding_lr_factor
         for name, spec in found.items():
             if spec.role in ("embedding", "head"):
-                found[name] = dataclasses.replace(spec, lr_factor=self.config.embedding_lr_factor)
+                found[name] = dataclasses.replace(spec, lr_factor=spec.lr_factor * factor)
         if self.adapter is not None:
             return self.adapter.beside(found, self.slot_of)
         held = self.held
