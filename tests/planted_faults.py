@@ -110,9 +110,9 @@ FAULTS = [
     ),
     fault(
         "compare-reuses-another-rank",
-        "compare/reuse.py",
-        "if key not in NO_FIGURE)",
-        'if key not in {*NO_FIGURE, "model.rank"})',
+        "compare/study.py",
+        "if key not in NO_FIGURE}",
+        'if key not in {*NO_FIGURE, "model.rank"}}',
         "test_compare.py",
     ),
     fault(

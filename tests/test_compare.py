@@ -375,7 +375,7 @@ def test_holm_by_hand() -> None:
 
 def test_a_tie_is_called_a_tie() -> None:
     losses: dict[str, list[float | None]] = {
-        "base": [3.0, 3.01, 2.99],
+        "base": [3.0, 3.005, 2.995],
         "better": [2.5, 2.51, 2.49],
         "worse": [3.5, 3.51, 3.49],
         "noisy": [2.0, 3.5, 3.2],
@@ -383,7 +383,7 @@ def test_a_tie_is_called_a_tie() -> None:
         "failed": [2.0, None, 2.0],
     }
     pairs = [(name, "base") for name in losses if name != "base"]
-    rule = Rule(level=0.1, least_nats=0.05)
+    rule = Rule(level=0.05, least_nats=0.05)
     called = {each.row: each for each in verdicts.judge(losses, pairs, rule)}
     assert {name: each.called for name, each in called.items()} == {
         "better": "better",
@@ -468,6 +468,7 @@ def test_a_run_of_another_study_is_taken_where_it_is_the_same(tmp_path: Path) ->
     text = TEXT.replace('reference = "full"', 'reference = "dense"').replace("s.full]", "s.dense]")
     text = text.replace("rank = 8", "rank = 6").replace("steps = 40", "steps = 40, threads = 1")
     theirs = of(tmp_path / "theirs", text, reuse=(ours.out,))
+    theirs.out.mkdir(parents=True)
     dense, other = theirs.study.rows["dense"], theirs.study.rows["crnet"]
     first, second, third = theirs.tuned(dense)
     assert theirs.elsewhere(dense, first, 0.25) is None, "not evaluated where a trial ends"
@@ -476,7 +477,8 @@ def test_a_run_of_another_study_is_taken_where_it_is_the_same(tmp_path: Path) ->
     assert theirs.elsewhere(other, theirs.tuned(other)[0], None) is None, "another rank"
     assert not theirs.is_left(dense, second, None)
 
-    row = theirs._take(dense, second, ours.out / "full" / "lr=0.002,seed=0", None)
+    (row,) = theirs._train({"dense": [second]}, None, None)
+    assert row["from"] == str(ours.out / "full" / "lr=0.002,seed=0")
     assert (row["run"], row["val_loss"], row["step"]) == ("lr=0.002,seed=0", 2.0, 40)
     assert theirs.figures(dense, second, None) == ours.figures(ours.rows[0], second, None)
     assert theirs.elsewhere(dense, second, None) is None, "it is here"

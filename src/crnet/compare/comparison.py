@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from crnet.compare.processes import ended
-from crnet.compare.reuse import ASKED, runs_of, settings, take
+from crnet.compare.reuse import ASKED, key_of, runs_of, take
 from crnet.compare.study import Row, Study, Tuning, differing, last_step, ratio
 from crnet.compare.sweep import SEED, Trial, Values, finished, steps_at
 from crnet.config.check import check
@@ -137,8 +137,12 @@ class Comparison:
 
     def tuned(self, row: Row) -> list[Trial]:
         """The row's trials, of the seeds that choose."""
+        return [each for point in self.points(row) for each in self.trials(row, point)]
+
+    def trials(self, row: Row, point: Values) -> list[Trial]:
+        """Those of one point."""
         seeds = self.study.seeds[: self.study.tuning.seeds if self.study.tuning else 0]
-        return [self.trial(row, point, seed) for point in self.points(row) for seed in seeds]
+        return [self.trial(row, point, seed) for seed in seeds]
 
     def finals(self, seeds: Sequence[int]) -> dict[str, list[Trial]]:
         """By row: its best point with these seeds; a row without one is left out."""
@@ -155,9 +159,8 @@ class Comparison:
         assert self.study.tuning
         if self.study.tuning.finalists == 1:
             return {}
-        seeds = self.study.seeds[: self.study.tuning.seeds]
         return {
-            row.name: [self.trial(row, point, seed) for point in self.front(row) for seed in seeds]
+            row.name: [each for point in self.front(row) for each in self.trials(row, point)]
             for row in self.rows
         }
 
@@ -165,13 +168,8 @@ class Comparison:
 
     def losses(self, row: Row, point: Values, share: float | None) -> list[float | None]:
         """What a point of the grid gave, by seed, at a share of the steps (None: at the end)."""
-        assert self.study.tuning
-        trials = [self.trial(row, point, seed) for seed in self.study.seeds]
-        found = []
-        for trial in trials[: self.study.tuning.seeds]:
-            figures = self.figures(row, trial, share)
-            found.append(figures.get("val_loss") if figures else None)
-        return found
+        figures = [self.figures(row, each, share) for each in self.trials(row, point)]
+        return [each.get("val_loss") if each else None for each in figures]
 
     def ranked(
         self, row: Row, points: Sequence[Values], share: float | None
@@ -201,9 +199,7 @@ class Comparison:
 
     def _has_ended(self, row: Row, point: Values) -> bool:
         """Whether a point has been trained to the end with every seed that chooses, or failed."""
-        assert self.study.tuning
-        seeds = self.study.seeds[: self.study.tuning.seeds]
-        trials = [self.trial(row, point, seed) for seed in seeds]
+        trials = self.trials(row, point)
         return all(self.figures(row, each, None) is not None for each in trials)
 
     def edges(self, row: Row, point: Values | None) -> list[tuple[str, int]]:
@@ -264,7 +260,7 @@ class Comparison:
         is none, or this one has begun here."""
         if self.folder(row, trial).exists():
             return None
-        known = self._elsewhere.get(settings(trial.config), []) if self._elsewhere else []
+        known = self._elsewhere.get(key_of(trial.config), []) if self._elsewhere else []
         step = until(trial.config, share)
         ended = [folder for folder in known if finished(folder, step) is not None]
         return next((folder for folder in ended if held_by(folder) is None), None)
@@ -274,28 +270,20 @@ class Comparison:
         here = self.figures(row, trial, share) is not None
         return not here and self.elsewhere(row, trial, share) is None
 
-    def _take(self, row: Row, trial: Trial, run: Path, share: float | None) -> dict[str, Any]:
-        """Copy a run of another study; what it came to."""
-        take(run, self.folder(row, trial))
-        self._asked[f"{row.name}/{trial.name}"] = to_dict(trial.config)
-        write_atomically(self.out / ASKED, to_json(self._asked))
-        figures = self.figures(row, trial, share) or {}
-        step = until(trial.config, share)
-        return {"row": row.name, "run": trial.name, "step": step, "from": str(run), **figures}
-
     def _train(
         self, trials: Mapping[str, Sequence[Trial]], share: float | None, jobs: int | None
     ) -> Iterator[dict[str, Any]]:
         """Train some runs of some rows up to a share of their steps (None: all)."""
         waiting: dict[str, tuple[Row, Trial]] = {}
+        taken: dict[str, tuple[Row, Trial, Path]] = {}
         for name, some in trials.items():
             row = self.study.rows[name]
             for trial in some:
                 if run := self.elsewhere(row, trial, share):
-                    yield self._take(row, trial, run, share)
+                    taken[f"{name}/{trial.name}"] = row, trial, run
                 elif self.figures(row, trial, share) is None:
                     waiting[f"{name}/{trial.name}"] = row, trial
-        if not waiting:
+        if not waiting and not taken:
             return
         for name in waiting:
             if (self.out / name).is_dir() and (pid := held_by(self.out / name)):
@@ -303,8 +291,15 @@ class Comparison:
                     f"{self.out / name}: process {pid}, of an earlier start, still trains there; "
                     "wait until it has ended, or stop it"
                 )
-        self._asked |= {name: to_dict(trial.config) for name, (_, trial) in waiting.items()}
+        asked = itertools.chain(waiting.items(), taken.items())
+        self._asked |= {name: to_dict(each[1].config) for name, each in asked}
         write_atomically(self.out / ASKED, to_json(self._asked))
+        for row, trial, run in taken.values():
+            take(run, self.folder(row, trial))
+            figures, step = self.figures(row, trial, share) or {}, until(trial.config, share)
+            yield {"row": row.name, "run": trial.name, "step": step, "from": str(run), **figures}
+        if not waiting:
+            return
         configs = {name: stopped(trial.config, self, share) for name, (_, trial) in waiting.items()}
         runs = ended(configs, self.out, jobs=jobs, mend=MEND, goes_on=True)
         with contextlib.closing(runs):

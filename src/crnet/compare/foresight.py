@@ -90,10 +90,10 @@ def _others(of: Comparison, row: Row) -> list[Trial | None]:
     tuning = of.study.tuning
     if not tuning or tuning.finalists == 1:
         return []
-    best, seeds = of.best(row), of.study.seeds[: tuning.seeds]
+    best = of.best(row)
     others = [point for point in of.front(row) if point != best]
-    found = [of.trial(row, point, seed) for point in others for seed in seeds]
-    unknown = (tuning.finalists - 1) * len(seeds) - len(found)
+    found = [each for point in others for each in of.trials(row, point)]
+    unknown = (tuning.finalists - 1) * tuning.seeds - len(found)
     return [*found, *[None] * unknown]
 
 

@@ -130,7 +130,7 @@ def _tuning(of: Comparison, row: Row) -> Values:
     best, front = of.best(row), of.front(row) if of.study.tuning.finalists > 1 else []
     points = []
     for point in of.points(row):
-        trials = [of.trial(row, point, seed) for seed in of.study.seeds[: of.study.tuning.seeds]]
+        trials = of.trials(row, point)
         figures = [of.figures(row, trial, of.study.tuning.share) for trial in trials]
         losses = [(each or {}).get("val_loss") for each in figures]
         known = [loss for loss in losses if loss is not None]

@@ -7,34 +7,32 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from crnet.compare.study import NO_FIGURE
+from crnet.compare.study import settings
 from crnet.config.sections import RunConfig
-from crnet.config.serialize import flags, from_dict, read_json
+from crnet.config.serialize import from_dict, read_json
 from crnet.errors import ConfigError
 
 ASKED = "asked.json"
 """In a study's folder: the configuration of every run, as the study had it."""
 
-Settings = tuple[tuple[str, str], ...]
+
+def key_of(config: RunConfig) -> str:
+    """The same for runs that are one run, and for no others."""
+    return repr(settings(config))
 
 
-def settings(config: RunConfig) -> Settings:
-    """What a run's figures hang on; runs that are alike in it are one run."""
-    return tuple((key, repr(value)) for key, value in flags(config) if key not in NO_FIGURE)
-
-
-def runs_of(studies: Iterable[Path]) -> Mapping[Settings, list[Path]]:
-    """The folders of every run that some studies asked for, by its settings.
+def runs_of(studies: Iterable[Path]) -> Mapping[str, list[Path]]:
+    """The folders of every run that some studies asked for, by ``key_of``.
 
     Raises:
         ConfigError: a folder is no study's.
     """
-    found: dict[Settings, list[Path]] = {}
+    found: dict[str, list[Path]] = {}
     for folder in studies:
         if not (folder / ASKED).is_file():
             raise ConfigError(f"--reuse {folder}: is no folder of a study; name the --out of one")
         for name, asked in read_json(folder / ASKED).items():
-            found.setdefault(settings(from_dict(asked)), []).append(folder / name)
+            found.setdefault(key_of(from_dict(asked)), []).append(folder / name)
     return found
 
 

@@ -386,12 +386,13 @@ def last_step(config: RunConfig) -> int:
 
 def differing(was: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Keys in which two runs would have other figures: what was, what is."""
-    ours = dict(flags(now))
-    return {
-        key: (value, ours[key])
-        for key, value in flags(was)
-        if ours[key] != value and key not in NO_FIGURE
-    }
+    ours = settings(now)
+    return {key: (value, ours[key]) for key, value in settings(was).items() if ours[key] != value}
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What the figures of a run hang on; runs that are alike in it are one run."""
+    return {key: value for key, value in flags(config) if key not in NO_FIGURE}
 
 
 NO_FIGURE = {
